@@ -1,0 +1,1 @@
+"""Carnet: short-lived, audience-scoped, certificate-bound tokens between services."""
