@@ -61,9 +61,7 @@ def key_usage(*usages: str) -> x509.KeyUsage:
 def private_key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     """Return `key` as unencrypted PKCS 8."""
     return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
@@ -91,13 +89,7 @@ class Issuer:
 
     @classmethod
     def create(
-        cls,
-        name: str,
-        *,
-        not_before: datetime,
-        not_after: datetime,
-        path_length: int | None,
-        by: Issuer | None = None,
+        cls, name: str, *, not_before: datetime, not_after: datetime, path_length: int | None, by: Issuer | None = None
     ) -> Issuer:
         """Return a new authority signed by `by`; None makes a root, which signs itself."""
         key = ec.generate_private_key(ec.SECP256R1())
@@ -113,14 +105,8 @@ class Issuer:
             .not_valid_after(not_after)
             .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
             .add_extension(key_usage("key_cert_sign", "crl_sign"), critical=True)
-            .add_extension(
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
-                critical=False,
-            )
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()),
-                critical=False,
-            )
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
             .sign(signer, hashes.SHA256())
         )
         return cls(certificate, key)
@@ -148,10 +134,7 @@ class IssuedCertificate:
     def write(self, directory: Path, name: str) -> tuple[Path, Path]:
         """Write ``NAME.pem`` and ``NAME-key.pem`` (mode 0600), each in one step; return both paths."""
         directory.mkdir(parents=True, exist_ok=True)
-        certificate_file, key_file = (
-            directory / f"{name}.pem",
-            directory / f"{name}-key.pem",
-        )
+        certificate_file, key_file = (directory / f"{name}.pem", directory / f"{name}-key.pem")
         write_file(key_file, self.private_key_pem, mode=0o600)
         write_file(certificate_file, self.certificate_pem)
         return certificate_file, key_file
@@ -164,14 +147,7 @@ class CertificateAuthority:
     that revoke at the same time.
     """
 
-    def __init__(
-        self,
-        trust_domain: str,
-        root: Issuer,
-        intermediate: Issuer,
-        *,
-        now: datetime | None = None,
-    ) -> None:
+    def __init__(self, trust_domain: str, root: Issuer, intermediate: Issuer, *, now: datetime | None = None) -> None:
         self.trust_domain = trust_domain
         self.root = root
         self.intermediate = intermediate
@@ -232,10 +208,7 @@ class CertificateAuthority:
         """
         now = self._now or datetime.now(UTC)
         key = ec.generate_private_key(ec.SECP256R1())
-        names = [
-            x509.UniformResourceIdentifier(spiffe_id),
-            *map(x509.DNSName, dns_names),
-        ]
+        names = [x509.UniformResourceIdentifier(spiffe_id), *map(x509.DNSName, dns_names)]
         leaf = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([]))
@@ -252,40 +225,24 @@ class CertificateAuthority:
                 x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
                 critical=False,
             )
-            .add_extension(
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
-                critical=False,
-            )
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(self.intermediate.private_key.public_key()),
                 critical=False,
             )
             .sign(self.intermediate.private_key, hashes.SHA256())
         )
-        return IssuedCertificate(
-            certificate_pem(leaf, self.intermediate.certificate),
-            private_key_pem(key),
-            leaf,
-        )
+        return IssuedCertificate(certificate_pem(leaf, self.intermediate.certificate), private_key_pem(key), leaf)
 
     def issue_server(self, spiffe_id: str) -> IssuedCertificate:
         """Return what `issue` returns, with the one DNS name that `spiffe_id` serves by."""
         return self.issue(spiffe_id, dns_names=[server_dns_name(SpiffeID.parse(spiffe_id))])
 
     def reissue(
-        self,
-        issued: IssuedCertificate,
-        *,
-        not_before: datetime | None = None,
-        not_after: datetime | None = None,
+        self, issued: IssuedCertificate, *, not_before: datetime | None = None, not_after: datetime | None = None
     ) -> IssuedCertificate:
         """Return a renewed certificate: the names of `issued`, with a new key and a new window as `issue` has it."""
-        return self.issue(
-            issued.spiffe_id,
-            dns_names=issued.dns_names,
-            not_before=not_before,
-            not_after=not_after,
-        )
+        return self.issue(issued.spiffe_id, dns_names=issued.dns_names, not_before=not_before, not_after=not_after)
 
     def revoke(self, issued: IssuedCertificate) -> None:
         """Put the serial number of `issued` on the list that `crl_pem` returns."""
