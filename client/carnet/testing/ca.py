@@ -134,7 +134,7 @@ class IssuedCertificate:
     def write(self, directory: Path, name: str) -> tuple[Path, Path]:
         """Write ``NAME.pem`` and ``NAME-key.pem`` (mode 0600), each in one step; return both paths."""
         directory.mkdir(parents=True, exist_ok=True)
-        certificate_file, key_file = (directory / f"{name}.pem", directory / f"{name}-key.pem")
+        certificate_file, key_file = directory / f"{name}.pem", directory / f"{name}-key.pem"
         write_file(key_file, self.private_key_pem, mode=0o600)
         write_file(certificate_file, self.certificate_pem)
         return certificate_file, key_file
@@ -166,7 +166,7 @@ class CertificateAuthority:
         """Make a new root and intermediate that both last `lifetime`."""
         start = now or datetime.now(UTC)
         before, after = start - _BACKDATED, start + lifetime
-        root = Issuer.create(f"{trust_domain} root", not_before=before, not_after=after, path_length=1)
+        root = Issuer.create(f"{trust_domain} root", not_before=before, not_after=after, path_length=None)
         intermediate = Issuer.create(
             f"{trust_domain} intermediate", not_before=before, not_after=after, path_length=0, by=root
         )
