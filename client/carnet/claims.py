@@ -204,11 +204,12 @@ def _whole(payload: Mapping[str, Any], name: str, last: int) -> int:
 
 def _confirmation(cnf: object) -> str:
     # RFC 7800 section 3.1 allows more methods side by side; which of them then counts is the confusion to avoid.
-    if isinstance(cnf, dict) and cnf.keys() == {_CONFIRMATION_METHOD}:
-        value = cnf[_CONFIRMATION_METHOD]
-        if isinstance(value, str) and is_thumbprint(value):
-            return value
-    _refuse("cnf", f"is not exactly one {_CONFIRMATION_METHOD} with a SHA-256 thumbprint in base64url")
+    if not isinstance(cnf, dict) or cnf.keys() != {_CONFIRMATION_METHOD}:
+        _refuse("cnf", f"is not exactly one {_CONFIRMATION_METHOD}")
+    value = cnf[_CONFIRMATION_METHOD]
+    if not is_thumbprint(value):
+        _refuse("cnf", "is not a SHA-256 thumbprint in canonical base64url")
+    return str(value)
 
 
 def _refuse_names(payload: Mapping[str, Any]) -> NoReturn:
