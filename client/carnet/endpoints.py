@@ -18,7 +18,7 @@ from typing import Final
 
 from carnet.errors import ConfigError
 
-__all__ = ["Failover", "Target", "parse_targets"]
+__all__ = ["Failover", "Target", "is_dns_name", "parse_targets"]
 
 _FORM: Final = "host:port, or [IPv6 address]:port"
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?")
@@ -54,7 +54,7 @@ class Target:
                 host = str(IPv6Address(host[1:-1]))
             elif _NUMBERS.fullmatch(host):
                 host = str(IPv4Address(host))
-            elif len(host) > _MAX_HOST or not _HOST.fullmatch(host):
+            elif not is_dns_name(host):
                 raise _wrong(text, "has no valid host")
         except AddressValueError:
             raise _wrong(text, "has no valid IP address") from None
@@ -62,6 +62,11 @@ class Target:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def is_dns_name(text: str) -> bool:
+    """Say whether `text` can be the name of a host, and is no IP address."""
+    return len(text) <= _MAX_HOST and _HOST.fullmatch(text) is not None and not _NUMBERS.fullmatch(text)
 
 
 def _wrong(text: str, problem: str) -> ConfigError:
