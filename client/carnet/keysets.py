@@ -1,0 +1,284 @@
+"""The key set of a verifier: when to ask for it, and what can be said with the one at hand. No clock, no I/O.
+
+Rules
+
+1. One fetch at a time. `begin` says that one starts, `succeed` or `fail` that it is over.
+2. A fetch is due once 60 to 80 % of the time is over for which the set may be used: the issuer's max-age, or what is
+   left of `max_staleness`, whichever is less; never sooner than `poll_floor` after the last answer. A fetch that fails
+   is tried again after a wait that doubles from `retry_first` to `retry_most`, with full jitter.
+3. Staleness is the age that the answer stated plus the time since it was asked for. A set whose staleness is over
+   `max_staleness` decides nothing, unless the verifier was built to accept it (`OnStale.ACCEPT`).
+4. A failure never drops the set at hand, and nothing replaces it but a set of the same issuer whose generation is not
+   lower. (An empty set cannot be written: see `KeySet`.)
+5. A `kid` that the set lacks may be asked for, once per `cooldown` over all of them, whatever comes of it. If the
+   answer lacks it too, the `kid` is remembered as absent until a newer generation comes; at most `max_absent` of them.
+6. "No" and "cannot tell" differ. Absent is no. Unknown while nothing may be asked is cannot tell: the key may be new.
+7. A set that is usable and holds the key is used, whatever else goes on.
+
+What may be said about one `kid` is the table in `decide`.
+
+Time is a `Moment`: a monotonic reading, which stands still while a laptop sleeps, and the wall clock, which may be set.
+Elapsed time is the greater of both, so each fault makes the set look older and never younger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Final
+
+from carnet.errors import ConfigError, InvalidKeySetError
+from carnet.jwk import KeySet
+
+__all__ = ["KeySetCache", "KeySetRules", "KeySetSnapshot", "Knowledge", "Moment", "OnStale", "Verdict", "decide"]
+
+_NOTHING: Final = timedelta(0)
+_SOONEST: Final = 0.6
+_SPREAD: Final = 0.2
+_MAX_DOUBLINGS: Final = 16
+"""Far above any `retry_most`; keeps the doubling a small number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One reading of both clocks: seconds of the monotonic one, and aware UTC."""
+
+    monotonic: float
+    wall: datetime
+
+    def since(self, earlier: Moment) -> timedelta:
+        """Return the time since `earlier`: the greater of what the two clocks say."""
+        return max(timedelta(seconds=self.monotonic - earlier.monotonic), self.wall - earlier.wall)
+
+
+@dataclass(frozen=True, slots=True)
+class KeySetSnapshot:
+    """One answer of an issuer."""
+
+    issuer: str
+    generation: int
+    """The version of the keyring behind the set. It only grows."""
+    keys: KeySet
+    max_age: timedelta
+    """For how long the issuer lets the set be used."""
+    age: timedelta
+    """How old the issuer's own knowledge was when it answered."""
+    asked_at: Moment
+    """When the question went out, which is safer to count from than the receipt: an answer may lie in a buffer."""
+
+    def __post_init__(self) -> None:
+        if self.max_age <= _NOTHING or self.age < _NOTHING:
+            msg = f"key set generation {self.generation} has max-age {self.max_age} and age {self.age}"
+            raise InvalidKeySetError(msg)
+
+    def staleness(self, now: Moment) -> timedelta:
+        """Return how old the set is by now."""
+        return self.age + max(_NOTHING, now.since(self.asked_at))
+
+
+class OnStale(StrEnum):
+    """What a verifier does with a set whose staleness is over the budget."""
+
+    REFUSE = "refuse"
+    """Say that it cannot tell."""
+    ACCEPT = "accept"
+    """Go on with it, however old. Keys that were withdrawn meanwhile go on being trusted."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeySetRules:
+    """The settings behind the rules above. Raises `ConfigError` for a duration or a count that is not positive."""
+
+    max_staleness: timedelta = timedelta(minutes=5)
+    on_stale: OnStale = OnStale.REFUSE
+    cooldown: timedelta = timedelta(seconds=30)
+    poll_floor: timedelta = timedelta(milliseconds=500)
+    retry_first: timedelta = timedelta(seconds=1)
+    retry_most: timedelta = timedelta(seconds=30)
+    max_absent: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("max_staleness", "cooldown", "poll_floor", "retry_first", "retry_most"):
+            if getattr(self, name) <= _NOTHING:
+                msg = f"{name} must be longer than nothing, and is {getattr(self, name)}"
+                raise ConfigError(msg)
+        if self.max_absent < 1:
+            msg = f"max_absent must be at least 1, and is {self.max_absent}"
+            raise ConfigError(msg)
+
+
+class Verdict(StrEnum):
+    """What can be said about a `kid`."""
+
+    USE = "use"
+    """The set may be used and holds the key."""
+    NO = "no"
+    """The issuer was asked, and does not publish this key."""
+    ASK = "ask"
+    """A fetch may start now, and may tell."""
+    WAIT = "wait"
+    """A fetch is under way, and may tell."""
+    CANNOT_TELL = "cannot-tell"
+    """Nothing may be asked now."""
+
+
+class Knowledge(StrEnum):
+    """What the set at hand says about a `kid`."""
+
+    PRESENT = "present"
+    ABSENT = "absent"
+    """Not in the set, and the issuer was asked for it."""
+    UNKNOWN = "unknown"
+    """Not in the set, and nobody asked."""
+
+
+def decide(*, usable: bool, knowledge: Knowledge, fetching: bool, may_ask: bool) -> Verdict:
+    """Return the verdict: the whole table, first row that fits."""
+    match usable, knowledge, fetching, may_ask:
+        case True, Knowledge.PRESENT, _, _:
+            return Verdict.USE
+        case True, Knowledge.ABSENT, _, _:
+            return Verdict.NO
+        case _, _, True, _:
+            return Verdict.WAIT
+        case _, _, _, True:
+            return Verdict.ASK
+    return Verdict.CANNOT_TELL
+
+
+class KeySetCache:
+    """The state of one verifier's key set. Changed under the caller's lock.
+
+    `usable` and `verdict` only read, each part once, so they may be called without the lock: another thread's change is
+    seen either whole or not yet.
+    """
+
+    def __init__(self, rules: KeySetRules, *, issuer: str) -> None:
+        self._rules = rules
+        self._issuer = issuer
+        self._snapshot: KeySetSnapshot | None = None
+        self._fetching = False
+        self._asked_kid: str | None = None
+        self._kid_asked_at: Moment | None = None
+        self._absent: dict[str, None] = {}  # Insertion order: the oldest goes first.
+        self._failures = 0
+        self._waits_from: Moment | None = None
+        self._wait = _NOTHING
+
+    @property
+    def snapshot(self) -> KeySetSnapshot | None:
+        """The last good answer, None before the first."""
+        return self._snapshot
+
+    @property
+    def generation(self) -> int:
+        """The generation at hand; an answer must not be lower. 0 before the first."""
+        snapshot = self._snapshot
+        return 0 if snapshot is None else snapshot.generation
+
+    @property
+    def fetching(self) -> bool:
+        """Whether a fetch is under way."""
+        return self._fetching
+
+    def usable(self, now: Moment) -> KeySet | None:
+        """Return the set if it may decide now (rule 3)."""
+        snapshot = self._snapshot
+        if snapshot is None:
+            return None
+        if self._rules.on_stale is OnStale.REFUSE and snapshot.staleness(now) > self._rules.max_staleness:
+            return None
+        return snapshot.keys
+
+    def verdict(self, kid: str, now: Moment) -> Verdict:
+        """Return what can be said about `kid` now."""
+        keys = self.usable(now)
+        if keys is None:
+            return decide(
+                usable=False, knowledge=Knowledge.UNKNOWN, fetching=self._fetching, may_ask=not self.due_in(now)
+            )
+        if keys.get(kid) is not None:
+            knowledge = Knowledge.PRESENT
+        else:
+            knowledge = Knowledge.ABSENT if kid in self._absent else Knowledge.UNKNOWN
+        return decide(usable=True, knowledge=knowledge, fetching=self._fetching, may_ask=not self._cooling(now))
+
+    def due_in(self, now: Moment) -> timedelta:
+        """Return how long until a fetch is due (rule 2); zero if it is."""
+        if self._waits_from is None:
+            return _NOTHING
+        return max(_NOTHING, self._wait - now.since(self._waits_from))
+
+    def begin(self, now: Moment, *, kid: str | None = None) -> None:
+        """Say that a fetch starts; `kid` is the one that is missed, None for a fetch that was due."""
+        if self._fetching:
+            msg = "a fetch is under way"  # Rule 1. A fault of the caller, which holds the lock.
+            raise RuntimeError(msg)
+        self._fetching = True
+        self._asked_kid = kid
+        if kid is not None:
+            self._kid_asked_at = now
+
+    def succeed(self, snapshot: KeySetSnapshot, now: Moment, *, jitter: float) -> None:
+        """Take the answer of the fetch in; `jitter` is a random number from 0 to 1.
+
+        Raises `InvalidKeySetError` for an answer that may not replace the set at hand; then the fetch has failed.
+        """
+        try:
+            self._check(snapshot)
+        except InvalidKeySetError:
+            self.fail(now, jitter=jitter)
+            raise
+        if snapshot.generation > self.generation:
+            self._absent.clear()
+        self._snapshot = snapshot
+        left = self._rules.max_staleness - snapshot.staleness(now)
+        if left < _NOTHING:  # Too old on arrival: it is no use to ask for the like of it at once.
+            self._back_off(now, jitter)
+        else:
+            self._failures = 0
+            wait = min(snapshot.max_age, left) * (_SOONEST + _SPREAD * jitter)
+            self._waits_from, self._wait = now, max(self._rules.poll_floor, wait)
+        if self._asked_kid is not None and snapshot.keys.get(self._asked_kid) is None:
+            self._absent[self._asked_kid] = None
+            if len(self._absent) > self._rules.max_absent:
+                del self._absent[next(iter(self._absent))]
+        self._fetching = False
+
+    def fail(self, now: Moment, *, jitter: float) -> None:
+        """Say that the fetch failed. The set at hand stays (rule 4)."""
+        self._back_off(now, jitter)
+        self._fetching = False
+
+    def explain(self, now: Moment) -> str:
+        """Return why nothing can be told: for the message of an error."""
+        snapshot = self._snapshot
+        if snapshot is None:
+            return f"no key set of {self._issuer} could be had yet"
+        if self.usable(now) is None:
+            return (
+                f"the key set of {self._issuer} is {snapshot.staleness(now).total_seconds():.0f} s old, over the limit"
+                f" of {self._rules.max_staleness.total_seconds():.0f} s, and no newer one could be had"
+            )
+        return (
+            f"the key is not in the key set of {self._issuer} (generation {snapshot.generation}), and unknown keys are"
+            f" asked for once in {self._rules.cooldown.total_seconds():.0f} s"
+        )
+
+    def _check(self, snapshot: KeySetSnapshot) -> None:
+        if snapshot.issuer != self._issuer:
+            msg = f"the key set is of issuer {snapshot.issuer[:200]!r}, and this verifier trusts {self._issuer!r}"
+            raise InvalidKeySetError(msg)
+        if snapshot.generation < self.generation:
+            msg = f"the key set is of generation {snapshot.generation}, and {self.generation} is loaded"
+            raise InvalidKeySetError(msg)
+
+    def _cooling(self, now: Moment) -> bool:
+        asked_at = self._kid_asked_at
+        return asked_at is not None and now.since(asked_at) < self._rules.cooldown
+
+    def _back_off(self, now: Moment, jitter: float) -> None:
+        most = min(self._rules.retry_most, self._rules.retry_first * 2 ** min(self._failures, _MAX_DOUBLINGS))
+        self._failures += 1
+        self._waits_from, self._wait = now, max(self._rules.poll_floor, most * jitter)
