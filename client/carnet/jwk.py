@@ -127,12 +127,12 @@ class KeySet:
         if len(text) > MAX_KEY_SET_BYTES:  # Signs of a str are bytes here: only ASCII passes below.
             msg = f"the key set is longer than {MAX_KEY_SET_BYTES} bytes"
             raise InvalidKeySetError(msg)
+        if not text.isascii():
+            msg = "the key set is not ASCII"
+            raise InvalidKeySetError(msg)
+        raw = text.encode("ascii") if isinstance(text, str) else text
         try:
-            raw = text if isinstance(text, bytes) else text.encode("ascii")
             document = decode_json_object(raw.strip(b" \t\n\r"), max_containers=MAX_KEYS + 2)
-        except UnicodeEncodeError:
-            msg = "the key set holds a sign outside printable ASCII, or an escape"
-            raise InvalidKeySetError(msg) from None
         except ValueError as error:
             msg = f"the key set {error}"
             raise InvalidKeySetError(msg) from None
