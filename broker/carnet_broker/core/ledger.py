@@ -1,0 +1,171 @@
+"""The records of the ledger, and the one way that each becomes a line.
+
+Rules:
+
+- A record is one line of printable ASCII: a JSON object and a line feed. Whatever a peer puts into a field, it can
+  neither end the line, nor start another, nor steer a terminal that shows it (CR LF, U+2028, ESC and DEL are escaped).
+- A field is cut at a stated length, and says so. A line is at most `MAX_LINE_BYTES`.
+- A token is never in a record. Its name (`jti`), which revokes it, is.
+- An issue is recorded before the token exists, so it is an intent: it counts as issued, although the token may never
+  have left.
+- Where a member means what a claim of the token means, it has the name of the claim.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+__all__ = ["MAX_LINE_BYTES", "DroppedRecord", "IssueRecord", "OpenedRecord", "RefusalRecord"]
+
+MAX_LINE_BYTES: Final = 256 * 1024
+"""No line is longer, whatever its fields hold. The line of an issue is about 500 bytes."""
+
+_VERSION: Final = 1
+"""The form of the lines, their member ``v``."""
+
+_MAX_TEXT: Final = 256
+"""Characters of a short field, each of which is at most 12 bytes when it is escaped."""
+
+_MAX_SPIFFE_ID: Final = 2048
+"""Characters of a SPIFFE ID (SPIFFE ID section 2.3)."""
+
+_MAX_SCOPES: Final = 64
+"""Scopes that are recorded. A token has no more; a request that has more is refused, and its record has their count."""
+
+_MAX_SCOPE: Final = 128
+"""Characters of a scope."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedRecord:
+    """The first line of each file: who writes it, and since when."""
+
+    at: datetime
+    writer: str
+    """The process: host name and process id."""
+
+    def to_line(self) -> bytes:
+        """Return the record as a line."""
+        return _line("opened", self.at, {"writer": _text(self.writer, _MAX_TEXT)})
+
+
+@dataclass(frozen=True, slots=True)
+class IssueRecord:
+    """A token is about to be signed: the intent. All of this was checked before; nothing here is the peer's word."""
+
+    at: datetime
+    """When it was decided; also the ``iat`` of the token."""
+    token_id: str
+    """Its ``jti``."""
+    kid: str
+    """The key that is going to sign."""
+    subject: str
+    """The workload that the token is going to speak for."""
+    audience: str
+    scopes: tuple[str, ...]
+    expires_at: datetime
+    certificate: str
+    """The caller's leaf, by its ``x5t#S256``; also where the token is not bound to it."""
+    policy: str
+    """The version of the policy that decided."""
+    rule: str = ""
+    """The grant that decided, as its policy names it."""
+    bound: bool = True
+    """Whether the token is bound to `certificate`."""
+
+    def to_line(self) -> bytes:
+        """Return the record as a line."""
+        members: dict[str, Any] = {
+            "jti": _text(self.token_id, _MAX_TEXT),
+            "kid": _text(self.kid, _MAX_TEXT),
+            "sub": _text(self.subject, _MAX_SPIFFE_ID),
+            "aud": _text(self.audience, _MAX_TEXT),
+            "scope": _scopes(self.scopes),
+            "exp": _time(self.expires_at),
+            "certificate": _text(self.certificate, _MAX_TEXT),
+            "bound": self.bound,
+            "policy": _text(self.policy, _MAX_TEXT),
+        }
+        if self.rule:
+            members["rule"] = _text(self.rule, _MAX_TEXT)
+        return _line("issue", self.at, members)
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalRecord:
+    """Something was refused. `audience`, `scopes` and `detail` may hold the peer's own words. Empty means unknown."""
+
+    at: datetime
+    reason: str
+    """The code, as in ``google.rpc.ErrorInfo``."""
+    subject: str = ""
+    """The SPIFFE ID of the caller, empty where it was not authenticated. Refusals are capped by it."""
+    audience: str = ""
+    """What was asked for."""
+    scopes: tuple[str, ...] = ()
+    """What was asked for. The first 64 are recorded."""
+    certificate: str = ""
+    """The caller's leaf, by its ``x5t#S256``."""
+    policy: str = ""
+    """The version of the policy that decided."""
+    peer: str = ""
+    """The address of the other side."""
+    detail: str = ""
+    """The cause that only we are told."""
+
+    def to_line(self) -> bytes:
+        """Return the record as a line."""
+        members: dict[str, Any] = {"reason": _text(self.reason, _MAX_TEXT)}
+        for name, value, limit in (
+            ("sub", self.subject, _MAX_SPIFFE_ID),
+            ("aud", self.audience, _MAX_TEXT),
+            ("certificate", self.certificate, _MAX_TEXT),
+            ("policy", self.policy, _MAX_TEXT),
+            ("peer", self.peer, _MAX_TEXT),
+            ("detail", self.detail, _MAX_TEXT),
+        ):
+            if value:
+                members[name] = _text(value, limit)
+        if self.scopes:
+            members["scope"] = _scopes(self.scopes)
+        if len(self.scopes) > _MAX_SCOPES:
+            members["scopes_asked"] = len(self.scopes)
+        return _line("refusal", self.at, members)
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedRecord:
+    """`count` refusals since `since` were not recorded: too many of one identity, too fast, or no space to spare."""
+
+    at: datetime
+    since: datetime
+    count: int
+
+    def to_line(self) -> bytes:
+        """Return the record as a line."""
+        return _line("dropped", self.at, {"since": _time(self.since), "n": self.count})
+
+
+def _line(kind: str, at: datetime, members: dict[str, Any]) -> bytes:
+    text = json.dumps({"v": _VERSION, "kind": kind, "at": _time(at), **members}, separators=(",", ":"))
+    # JSON's ASCII form escapes all that is not ASCII, and all controls (RFC 8259 section 7) but this one.
+    return text.replace("\x7f", "\\u007f").encode("ascii") + b"\n"
+
+
+def _time(at: datetime) -> str:
+    """Return `at` by RFC 3339, in UTC, to the millisecond."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+
+
+def _scopes(scopes: tuple[str, ...]) -> list[str]:
+    return [_text(scope, _MAX_SCOPE) for scope in scopes[:_MAX_SCOPES]]
+
+
+def _text(text: str, limit: int) -> str:
+    if len(text) > limit:
+        text = f"{text[:limit]}...({len(text)} characters)"
+    # A lone surrogate is no text (RFC 3629 section 3): a strict reader would refuse the whole line for it.
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
