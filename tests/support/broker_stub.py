@@ -1,0 +1,322 @@
+"""A small broker for tests of the SDK: real gRPC over real mutual TLS, real signatures; policy and Vault left out.
+
+It grants every audience and scope, and can be told to fail in every way in which a broker fails::
+
+    with BrokerStub.start(ca) as broker:
+        broker.token_faults.hang()
+        ...
+        broker.token_faults.clear()
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+from collections.abc import Iterable
+from concurrent import futures
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any, NoReturn, Self, cast
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from carnet.claims import Claims, certificate_thumbprint
+from carnet.jwk import KeySet, PublicJWK
+from carnet.spiffe import SpiffeID, server_dns_name, spiffe_id_of_certificate
+from carnet.testing.ca import CertificateAuthority
+from carnet.v1 import token_pb2, token_pb2_grpc, trust_pb2, trust_pb2_grpc
+from carnet.verify import assemble, encode_unsigned, raw_signature
+
+__all__ = ["BROKER_ID", "ISSUER", "BrokerStub", "Faults", "IssuedCall"]
+
+BROKER_ID = "spiffe://prod.example/ns/carnet/sa/broker"
+ISSUER = "https://tokens.prod.example"
+
+_ES256 = ec.ECDSA(hashes.SHA256())
+_LONGEST_HANG = 30.0
+"""So that a test that fails does not leave a thread behind for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    code: grpc.StatusCode
+    reason: str
+    message: str
+    retry_after: timedelta | None
+
+
+class Faults:
+    """How one service fails just now. Not at all at first; each method replaces the fault before it."""
+
+    def __init__(self) -> None:
+        self._refusal: _Refusal | None = None
+        self._delay = 0.0
+        self._go_on = threading.Event()
+        self._go_on.set()
+
+    def clear(self) -> None:
+        """Answer as a broker should; calls that hang go on."""
+        self._refusal, self._delay = None, 0.0
+        self._go_on.set()
+
+    def deny(self, reason: str = "NOT_GRANTED", *, code: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED) -> None:
+        """Refuse every call."""
+        self.clear()
+        self._refusal = _Refusal(code, reason, "the policy does not allow this", None)
+
+    def unavailable(self, reason: str = "NO_KEYRING", *, retry_after: timedelta | None = None) -> None:
+        """Answer that the broker cannot answer now."""
+        self.clear()
+        self._refusal = _Refusal(grpc.StatusCode.UNAVAILABLE, reason, "the broker cannot answer now", retry_after)
+
+    def slow(self, seconds: float) -> None:
+        """Answer every call after `seconds`."""
+        self.clear()
+        self._delay = seconds
+
+    def hang(self) -> None:
+        """Take calls and never answer, like a process that was stopped."""
+        self.clear()
+        self._go_on.clear()
+
+    def apply(self, context: grpc.ServicerContext) -> None:
+        """Fail as told, inside a handler."""
+        if self._delay:
+            threading.Event().wait(self._delay)
+        self._go_on.wait(_LONGEST_HANG)
+        if self._refusal is not None:
+            _abort(context, self._refusal)
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedCall:
+    """One request for a token, as it came in."""
+
+    audience: str
+    scopes: tuple[str, ...]
+    ttl: timedelta | None
+    workload: SpiffeID
+    thumbprint: str
+
+
+@dataclass
+class BrokerStub:
+    """The running broker. `life` and `refresh_in` are what it answers; None for `refresh_in` is 60 % of the life."""
+
+    ca: CertificateAuthority
+    issuer: str = ISSUER
+    life: timedelta = timedelta(minutes=5)
+    refresh_in: timedelta | None = None
+    scopes: tuple[str, ...] = ("charge",)
+    max_age: timedelta = timedelta(minutes=5)
+    age: timedelta = timedelta()
+    bind: bool = True
+    workers: int = 16
+    token_faults: Faults = field(default_factory=Faults)
+    trust_faults: Faults = field(default_factory=Faults)
+    issue_calls: list[IssuedCall] = field(default_factory=list)
+    key_set_calls: list[str] = field(default_factory=list)
+    """The missing key id of each call; empty where none was named."""
+    key_set_text: str | None = None
+    """What GetKeySet answers instead of the keys, None for the keys."""
+    generation: int = 1
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        self.signing_key = ec.generate_private_key(ec.SECP256R1())
+        self._published = [PublicJWK.of(self.signing_key.public_key())]
+        self._lock = threading.Lock()
+        self._server: grpc.Server | None = None
+
+    @classmethod
+    def start(cls, ca: CertificateAuthority, **settings: Any) -> Self:  # noqa: ANN401 - the fields of the class
+        """Return a broker that listens on a free port of the loopback."""
+        broker = cls(ca, **settings)
+        broker.up()
+        return broker
+
+    @property
+    def target(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def server_name(self) -> str:
+        """The DNS name in its certificate."""
+        return server_dns_name(SpiffeID.parse(BROKER_ID))
+
+    @property
+    def keys(self) -> KeySet:
+        """The keys that it publishes."""
+        return KeySet.of(self._published)
+
+    def up(self) -> None:
+        """Listen, on the port of the time before if there was one."""
+        server = grpc.server(futures.ThreadPoolExecutor(self.workers), options=[("grpc.so_reuseport", 0)])
+        token_pb2_grpc.add_TokenServiceServicer_to_server(_TokenService(self), server)
+        trust_pb2_grpc.add_TrustServiceServicer_to_server(_TrustService(self), server)
+        own = self.ca.issue_server(BROKER_ID)
+        credentials = grpc.ssl_server_credentials(
+            [(own.private_key_pem, own.certificate_pem)],
+            root_certificates=self.ca.root_pem,
+            require_client_auth=True,
+        )
+        self.port = server.add_secure_port(self.target, credentials)
+        server.start()
+        self._server = server
+
+    def down(self) -> None:
+        """Stop listening; open connections are cut."""
+        for faults in (self.token_faults, self.trust_faults):
+            faults.clear()
+        if self._server is not None:
+            self._server.stop(grace=None).wait(5)
+            self._server = None
+
+    def rotate(self, *, keep_old: bool = True) -> PublicJWK:
+        """Sign with a new key from now on, published together with the old ones or instead of them."""
+        self.signing_key = ec.generate_private_key(ec.SECP256R1())
+        jwk = PublicJWK.of(self.signing_key.public_key())
+        self._published = [jwk, *(self._published if keep_old else ())]
+        self.generation += 1
+        return jwk
+
+    def mint(
+        self,
+        *,
+        audience: str = "payments",
+        subject: SpiffeID | str = "spiffe://prod.example/ns/shop/sa/orders",
+        scopes: Iterable[str] = ("charge",),
+        thumbprint: str | None = None,
+        now: datetime | None = None,
+        life: timedelta | None = None,
+    ) -> str:
+        """Return a token with these claims, signed with the current key."""
+        now = now or datetime.now(UTC)
+        workload = SpiffeID.parse(subject) if isinstance(subject, str) else subject
+        issued_at = now.replace(microsecond=0)
+        claims = Claims(
+            issuer=self.issuer,
+            subject=workload,
+            audience=audience,
+            client_id=workload,
+            # Whole seconds (RFC 7519 allows more, our profile does not), and never shorter than the life.
+            expires_at=datetime.fromtimestamp(math.ceil((now + (life or self.life)).timestamp()), UTC),
+            issued_at=issued_at,
+            not_before=issued_at,
+            token_id=secrets.token_urlsafe(16),
+            scopes=tuple(sorted(scopes)),
+            confirmation=thumbprint,
+            revocation_version=0,
+        )
+        signing_input = encode_unsigned(claims, PublicJWK.of(self.signing_key.public_key()).kid)
+        return assemble(signing_input, raw_signature(self.signing_key.sign(signing_input, _ES256)))
+
+    def issue(
+        self, request: token_pb2.IssueTokenRequest, context: grpc.ServicerContext
+    ) -> token_pb2.IssueTokenResponse:
+        """Answer one request, by the certificate of the caller."""
+        chain = cast("list[bytes]", context.auth_context()["x509_pem_cert"])
+        leaf = x509.load_pem_x509_certificate(chain[0])
+        workload, thumbprint = spiffe_id_of_certificate(leaf), certificate_thumbprint(leaf)
+        ttl = request.ttl.ToTimedelta() if request.HasField("ttl") else None
+        with self._lock:
+            self.issue_calls.append(IssuedCall(request.audience, tuple(request.scopes), ttl, workload, thumbprint))
+        self.token_faults.apply(context)
+        life = self.life if ttl is None else min(ttl, self.life)
+        refresh_in = 0.6 * life if self.refresh_in is None else self.refresh_in
+        scopes = sorted(request.scopes or self.scopes)
+        token = self.mint(
+            audience=request.audience,
+            subject=workload,
+            scopes=scopes,
+            thumbprint=thumbprint if self.bind else None,
+            life=life,
+        )
+        return token_pb2.IssueTokenResponse(
+            token=token,
+            expires_in=_duration(life),
+            refresh_in=_duration(refresh_in),
+            scopes=scopes,
+            ttl_shortened=ttl is not None and life < ttl,
+        )
+
+    def key_set(
+        self, request: trust_pb2.GetKeySetRequest, context: grpc.ServicerContext
+    ) -> trust_pb2.GetKeySetResponse:
+        """Answer with the published keys."""
+        with self._lock:
+            self.key_set_calls.append(request.missing_key_id)
+        self.trust_faults.apply(context)
+        return trust_pb2.GetKeySetResponse(
+            issuer=self.issuer,
+            generation=self.generation,
+            jwks=self.keys.to_json() if self.key_set_text is None else self.key_set_text,
+            max_age=_duration(self.max_age),
+            age=_duration(self.age),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.down()
+
+
+class _TokenService(token_pb2_grpc.TokenServiceServicer):
+    def __init__(self, broker: BrokerStub) -> None:
+        self._broker = broker
+
+    def IssueToken(  # noqa: N802 - the name of the RPC
+        self, request: token_pb2.IssueTokenRequest, context: grpc.ServicerContext
+    ) -> token_pb2.IssueTokenResponse:
+        return self._broker.issue(request, context)
+
+    def IssueTokens(  # noqa: N802 - the name of the RPC
+        self, request: token_pb2.IssueTokensRequest, context: grpc.ServicerContext
+    ) -> token_pb2.IssueTokensResponse:
+        issued = [self._broker.issue(one, context) for one in request.requests]
+        return token_pb2.IssueTokensResponse(
+            results=[token_pb2.IssueTokenResult(issued=response) for response in issued]
+        )
+
+
+class _TrustService(trust_pb2_grpc.TrustServiceServicer):
+    def __init__(self, broker: BrokerStub) -> None:
+        self._broker = broker
+
+    def GetKeySet(  # noqa: N802 - the name of the RPC
+        self, request: trust_pb2.GetKeySetRequest, context: grpc.ServicerContext
+    ) -> trust_pb2.GetKeySetResponse:
+        return self._broker.key_set(request, context)
+
+
+def _duration(value: timedelta) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromTimedelta(value)
+    return duration
+
+
+def _packed(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+def _abort(context: grpc.ServicerContext, refusal: _Refusal) -> NoReturn:
+    details = [_packed(error_details_pb2.ErrorInfo(reason=refusal.reason, domain="carnet"))]
+    if refusal.retry_after is not None:
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=_duration(refusal.retry_after))))
+    status = status_pb2.Status(code=refusal.code.value[0], message=refusal.message, details=details)
+    context.abort_with_status(rpc_status.to_status(status))
