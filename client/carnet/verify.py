@@ -19,6 +19,7 @@ import hmac
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Final, NoReturn
 
 from cryptography.exceptions import InvalidSignature
@@ -39,6 +40,7 @@ __all__ = [
     "Expectations",
     "UnverifiedToken",
     "assemble",
+    "check_claims",
     "encode_unsigned",
     "parse_unverified",
     "raw_signature",
@@ -127,7 +129,7 @@ def parse_unverified(token: str | bytes) -> UnverifiedToken:
     header, payload, signature = raw.split(b".")
     if not (header and payload and signature):
         _refuse("a part of the token is empty")
-    kid = _parse_header(_decode_part("header", header))
+    kid = _parse_header(header)
     try:
         unverified_payload = decode_json_object(_decode_part("payload", payload), max_containers=_MAX_CONTAINERS)
     except ValueError as error:
@@ -158,10 +160,20 @@ def verify_token(
         raise InvalidTokenError(InvalidTokenReason.UNKNOWN_KEY, msg)
     verify_signature(key, unverified.signing_input, unverified.signature)
     claims = claims_of_payload(unverified.unverified_payload)
+    check_claims(claims, expectations=expectations, peer_thumbprint=peer_thumbprint, now=now)
+    return claims
+
+
+def check_claims(
+    claims: Claims, *, expectations: Expectations, peer_thumbprint: str | None, now: datetime
+) -> None:
+    """Raise `InvalidTokenError` unless `claims` are meant for this verifier, now, and from this peer.
+
+    All that `verify_token` decides after the signature. The broker runs it on what it is about to sign.
+    """
     _check_purpose(claims, expectations)
     _check_times(claims, expectations, now)
     _check_binding(claims, expectations.binding, peer_thumbprint)
-    return claims
 
 
 def verify_signature(key: PublicJWK, signing_input: bytes, signature: bytes) -> None:
@@ -220,8 +232,10 @@ def _decode_part(what: str, part: bytes) -> bytes:
         _refuse(f"the {what} {error}")
 
 
-def _parse_header(raw: bytes) -> str:
+@lru_cache(maxsize=64)  # All tokens of one key have one and the same header. What raises is not kept.
+def _parse_header(part: bytes) -> str:
     """Return the `kid` of a header that is exactly ours (RFC 7515 section 4, RFC 8725 sections 3.1, 3.10 and 3.11)."""
+    raw = _decode_part("header", part)
     if len(raw) > MAX_HEADER_BYTES:
         _refuse(f"the header is longer than {MAX_HEADER_BYTES} bytes")
     try:
