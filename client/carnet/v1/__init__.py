@@ -1,0 +1,1 @@
+"""The wire, package carnet.v1: generated from protos/ by `make proto`, all but this file."""
