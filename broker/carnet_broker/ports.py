@@ -7,17 +7,19 @@ Implementations are synchronous and thread-safe; they live in ``carnet_broker.ed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
 from typing import Any, Protocol
 
 from carnet.errors import CarnetError
 from carnet.jwk import PublicJWK
+from carnet_broker.core.ledger import IssueRecord, RefusalRecord
+from carnet_broker.core.requests import RequestKind, RequestResult, RequestStatus, RotationRequest
 
 __all__ = [
     "AuditSink",
     "AuditUnavailableError",
+    "Clock",
     "DocumentConflictError",
     "KeyLostError",
     "KeyStore",
@@ -59,6 +61,16 @@ class AuditUnavailableError(CarnetError):
 
     code = "AUDIT_UNAVAILABLE"
     retryable = True
+
+
+class Clock(Protocol):
+    """The two clocks of the outermost edge; below it, times are arguments."""
+
+    def now(self) -> datetime:
+        """Return the wall time, aware UTC."""
+
+    def mono(self) -> float:
+        """Return monotonic seconds; it does not go back, and may stand still while the machine sleeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,51 +130,6 @@ class KeyringDocument(Protocol):
         """
 
 
-class RequestKind(StrEnum):
-    """What a request asks for."""
-
-    ROTATE = "rotate"
-    """Make the standby key the signer, as soon as no verifier can miss it."""
-    ROTATE_NOW = "rotate-now"
-    """The same without waiting for verifiers. Breakglass only."""
-    REVOKE = "revoke"
-    """Stop trusting a key at once. Breakglass only."""
-
-
-class RequestStatus(StrEnum):
-    """How a request stands."""
-
-    ACCEPTED = "accepted"
-    DONE = "done"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True)
-class RotationRequest:
-    """One request that waits in Vault. `created_at` is Vault's time, `breakglass` says which door it came by."""
-
-    request_id: str
-    kind: RequestKind
-    created_at: datetime
-    breakglass: bool
-    kid: str | None = None
-    """The key to revoke; None for the other kinds."""
-    result: RequestResult | None = None
-    """The answer so far, None before the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class RequestResult:
-    """The answer to a request; it may change from ACCEPTED to DONE or REFUSED, and not after."""
-
-    status: RequestStatus
-    reason: str
-    """A code: ``WAITING_FOR_VERIFIERS``, ``ROTATED``, ``TOO_SOON``, ``BREAKGLASS_REQUIRED``..."""
-    message: str
-    detail: dict[str, Any] = field(default_factory=dict)
-    """Figures for machines: generation, old and new kid, not_before..."""
-
-
 class RotationRequests(Protocol):
     """The letter box where CI asks for rotations, and the brokers answer."""
 
@@ -181,10 +148,13 @@ class RotationRequests(Protocol):
 class AuditSink(Protocol):
     """Where every issue and every refusal is recorded before the caller hears of it."""
 
-    def issue(self, record: dict[str, Any]) -> None:
-        """Make the intent to issue durable before returning. Raises `AuditUnavailableError`; then nothing is issued."""
+    def issue(self, records: Sequence[IssueRecord]) -> None:
+        """Make the intents to issue durable before returning: those of one call together, which costs what one costs.
 
-    def refusal(self, record: dict[str, Any]) -> None:
+        Raises `AuditUnavailableError`; then nothing is issued, although some of the intents may stand in the record.
+        """
+
+    def refusal(self, record: RefusalRecord) -> None:
         """Record a refusal; it may be dropped and counted, never raises, and never takes the space of an issue."""
 
     def close(self) -> None:

@@ -1,0 +1,388 @@
+"""The whole broker, wired by hand. The only module that knows every part.
+
+One process, one event loop: it answers token calls, trust calls and the plain port. Vault is spoken to in threads of
+its own, and so is the disk, because both can hang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import uvicorn
+from carnet.errors import CarnetError, ConfigError
+from carnet.identity import Identity
+from carnet.spiffe import server_dns_name
+from carnet.v1 import token_pb2_grpc, trust_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from carnet_broker.config import BrokerConfig, host_and_port
+from carnet_broker.core.admission import Admission
+from carnet_broker.core.minting import MintingRules
+from carnet_broker.core.policy import Policy, load_policy
+from carnet_broker.core.readiness import Readiness, judge_readiness
+from carnet_broker.core.workload import IdentityCache, LeafRules, TrustBundle, Workload
+from carnet_broker.edges.grpc.calls import AuthContext, AuthenticatedCalls
+from carnet_broker.edges.grpc.listeners import ListenerLimits, TlsPems, bind, new_server, server_credentials
+from carnet_broker.edges.grpc.tokens import TokenServicer
+from carnet_broker.edges.grpc.trust import TrustServicer
+from carnet_broker.edges.http.plain import plain_app
+from carnet_broker.edges.ledger.json_lines import JsonLinesAudit
+from carnet_broker.edges.vault import (
+    KvKeyStore,
+    TransitKeyStore,
+    VaultKeyringDocument,
+    VaultRotationRequests,
+    VaultSession,
+    VaultSettings,
+)
+from carnet_broker.group_commit import GroupCommit
+from carnet_broker.issuance import CHECK_EVERY, Issuer
+from carnet_broker.keyring_loop import KeyringLoop
+from carnet_broker.ports import KeyStore, KeyStoreUnavailableError, Signer
+from carnet_broker.rotation import RotationDriver
+from carnet_broker.signing import KeyringHolder
+from carnet_broker.telemetry import Telemetry
+from carnet_broker.watched import Watched
+
+__all__ = ["Broker", "SystemClock", "TlsMaterial", "load_tls", "vault_session"]
+
+_LOOK_AT_FILES_EVERY: Final = 1.0
+_VAULT_START_WITHIN: Final = 10.0
+_AUDIT_DEADLINE: Final = timedelta(seconds=5)
+
+
+class SystemClock:
+    """The clocks of this machine. Nothing below the edge reads them."""
+
+    def now(self) -> datetime:
+        """Return the wall time."""
+        return datetime.now(UTC)
+
+    def mono(self) -> float:
+        """Return monotonic seconds."""
+        return time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class TlsMaterial:
+    """The broker's own certificate and whom it trusts, from one state of the files."""
+
+    identity: Identity
+    pems: TlsPems
+    bundle: TrustBundle
+
+
+def load_tls(config: BrokerConfig, trust_domains: Sequence[str]) -> TlsMaterial:
+    """Load and check all TLS files. Raises `ConfigError` that names the file."""
+    tls = config.tls
+    identity = Identity.load(tls.certificate_file, tls.key_file)
+    ca_pem = _read(tls.client_ca_file, "tls.client_ca_file")
+    crls = [_read(file, "tls.crl_files") for file in tls.crl_files]
+    bundle = TrustBundle.parse(ca_pem, crls, trust_domains)
+    pems = TlsPems(identity.private_key_pem, identity.certificate_chain_pem, ca_pem)
+    return TlsMaterial(identity, pems, bundle)
+
+
+def load_policy_file(config: BrokerConfig) -> Policy:
+    """Load the policy. Raises `ConfigError` that names file and line, also where it is one of another environment."""
+    file = config.policy_file
+    policy = load_policy(_read(file, "policy_file"), str(file))
+    if policy.issuer != config.issuer:
+        msg = f"{file}: the policy is for issuer {policy.issuer}, this broker is {config.issuer}; use that one's policy"
+        raise ConfigError(msg)
+    for audience in policy.audiences.values():
+        if audience.max_ttl > config.tokens.longest_life:
+            msg = (
+                f"{file}: audience {audience.name} allows max_ttl {audience.max_ttl}, longer than tokens.longest_life"
+                f" {config.tokens.longest_life} of this broker; lower the one or raise the other"
+            )
+            raise ConfigError(msg)
+    return policy
+
+
+def vault_session(config: BrokerConfig) -> VaultSession:
+    """Return a session with Vault by the AppRole whose files the configuration names; nothing is sent yet."""
+    vault = config.vault
+    return VaultSession(
+        VaultSettings(
+            address=vault.address,
+            ca_file=vault.ca_file,
+            namespace=vault.namespace,
+            environment=vault.environment,
+            kv_mount=vault.kv_mount,
+            transit_mount=vault.transit_mount,
+            transit_key=vault.transit_key or f"carnet-{vault.environment}",
+            approle_mount=vault.approle_mount,
+            role_id=lambda: _read(vault.role_id_file, "vault.role_id_file").decode().strip(),
+            secret_id=lambda: _read(vault.secret_id_file, "vault.secret_id_file").decode().strip(),
+            timeout=vault.timeout,
+        )
+    )
+
+
+def _read(file: Path, setting: str) -> bytes:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        msg = f"{file}: cannot be read ({error.strerror}); {setting} in the configuration names it"
+        raise ConfigError(msg) from error
+    if not content.strip():
+        msg = f"{file}: the file is empty; {setting} in the configuration names it"
+        raise ConfigError(msg)
+    return content
+
+
+class Broker:
+    """One broker process."""
+
+    def __init__(self, config: BrokerConfig, *, clock: SystemClock | None = None) -> None:
+        """Load every file and wire every part. Raises `ConfigError`; nothing is bound or sent yet."""
+        self._config = config
+        self._clock = clock or SystemClock()
+        self.telemetry = Telemetry()
+        self._draining = False
+        limits = config.limits
+        files = config.tls
+        self._policy = Watched(
+            "policy", [config.policy_file], lambda: load_policy_file(config), self.telemetry
+        )
+        trust_domain = self._policy.value.trust_domain
+        self._tls = Watched(
+            "tls",
+            [files.certificate_file, files.key_file, files.client_ca_file, *files.crl_files],
+            lambda: load_tls(config, [trust_domain]),
+            self.telemetry,
+        )
+        server_dns_name(self._tls.value.identity.spiffe_id)  # A broker that no client can name is of no use.
+        timing = config.timing()
+        self._holder = KeyringHolder(island=timing.island)
+        self._identities = IdentityCache(LeafRules(max_life=files.max_leaf_life))
+        self._session = vault_session(config)
+        store: KeyStore = (
+            KvKeyStore(self._session) if config.keys.store == "kv" else TransitKeyStore(self._session)
+        )
+        self._keyring_loop = KeyringLoop(
+            RotationDriver(
+                document=VaultKeyringDocument(self._session),
+                store=store,
+                requests=VaultRotationRequests(self._session),
+                holder=self._holder,
+                events=self.telemetry,
+                issuer=config.issuer,
+                store_name=config.keys.store,
+                timing=timing,
+            ),
+            self._clock,
+            self.telemetry,
+            poll_interval=config.vault.poll_interval,
+        )
+        self._audit = JsonLinesAudit(config.audit.directory, durability=config.audit.durability)
+        self._audit_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="carnet-audit")
+        self._vault_threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="carnet-sign")
+        remote = config.keys.store == "transit"
+        self._issuer = Issuer(
+            rules=MintingRules(
+                issuer=config.issuer,
+                default_life=config.tokens.default_life,
+                longest_life=config.tokens.longest_life,
+                shortest_life=config.tokens.shortest_life,
+            ),
+            policy=lambda: self._policy.value,
+            keys=self._holder,
+            admission=Admission(per_second=limits.tokens_per_second, burst=limits.token_burst),
+            audit=self._audit,
+            commit=GroupCommit(self._audit.issue, self._audit_thread, deadline=_AUDIT_DEADLINE),
+            sign=self._sign_in_vault if remote else _sign_here,
+            check_every=1 if remote else CHECK_EVERY,
+        )
+        self._key_set_admission = Admission(per_second=limits.key_sets_per_second, burst=2 * limits.key_sets_per_second)
+        self._stop = asyncio.Event()
+        self.addresses: dict[str, str] = {}
+        """Where it listens, by listener, once `serve` has bound it."""
+
+    async def serve(self, *, ready: asyncio.Event | None = None) -> None:
+        """Serve until SIGTERM or SIGINT, then drain. Raises `ConfigError` where it cannot start."""
+        loop = asyncio.get_running_loop()
+        await self._first_round()
+        config = self._config
+        limits = ListenerLimits(
+            handshake_timeout=config.limits.handshake_timeout, connection_age=config.limits.connection_age
+        )
+        credentials = server_credentials(lambda: self._tls.value.pems)
+        interceptor = AuthenticatedCalls(self._authenticate, self.telemetry, read_within=config.limits.read_within)
+        health_servicer = health.aio.HealthServicer()
+        tokens, trust = new_server(limits, [interceptor]), new_server(limits, [interceptor])
+        token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(self._issuer, self._clock), tokens)
+        trust_servicer = TrustServicer(
+            holder=self._holder,
+            admission=self._key_set_admission,
+            clock=self._clock,
+            max_age=config.keys.max_age,
+            read_again=self._keyring_loop.read_again,
+        )
+        trust_pb2_grpc.add_TrustServiceServicer_to_server(trust_servicer, trust)
+        for name, server, address in (("tokens", tokens, config.listen.tokens), ("trust", trust, config.listen.trust)):
+            health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+            port = bind(server, address, credentials, setting=f"listen.{name}")
+            self.addresses[name] = f"{address.rpartition(':')[0]}:{port}"
+        plain_socket = _listen(config.listen.plain)
+        self.addresses["plain"] = f"{config.listen.plain.rpartition(':')[0]}:{plain_socket.getsockname()[1]}"
+        plain = _PlainServer(
+            uvicorn.Config(
+                plain_app(
+                    readiness=self.readiness,
+                    holder=self._holder,
+                    max_age=config.keys.max_age,
+                    registry=self.telemetry.registry,
+                ),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                limit_concurrency=64,
+                timeout_keep_alive=5,
+            )
+        )
+        self._keyring_loop.start()
+        await asyncio.gather(tokens.start(), trust.start())
+        plain_task = loop.create_task(plain.serve(sockets=[plain_socket]))
+        watch_task = loop.create_task(self._watch_files(health_servicer))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._refresh(force=True))
+        self.telemetry.log.info("serving", **self.addresses, issuer=config.issuer)
+        if ready is not None:
+            ready.set()
+        await self._stop.wait()
+        self.telemetry.log.info("draining")
+        self._draining = True
+        await self._report_health(health_servicer)
+        drain = config.limits.drain.total_seconds()
+        await asyncio.gather(tokens.stop(drain), trust.stop(drain))
+        plain.should_exit = True
+        watch_task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(plain_task, watch_task)
+        await asyncio.to_thread(self._keyring_loop.stop)
+        self._audit_thread.shutdown()
+        self._vault_threads.shutdown(cancel_futures=True)
+        self._audit.close()
+        self.telemetry.log.info("stopped")
+
+    def stop(self) -> None:
+        """Begin to drain, as SIGTERM does. To be called on the loop that serves."""
+        self._stop.set()
+
+    def readiness(self) -> Readiness:
+        """Say whether this broker can issue, and what is amiss."""
+        now, mono = self._clock.now(), self._clock.mono()
+        identity = self._tls.value.identity
+        try:
+            self._holder.signing_key(now, mono)
+            signable, why = True, ""
+        except CarnetError as error:
+            signable, why = False, str(error)
+        return judge_readiness(
+            needed=[
+                (signable, f"signing key: {why}"),
+                (now < identity.not_after, f"own certificate: ended at {identity.not_after.isoformat()}"),
+                (self._audit.writable, "audit: the file cannot be written"),
+            ],
+            wanted=[
+                (not self._holder.is_degraded(now, mono), "vault: the keyring was not read lately"),
+                (self._policy.is_current, "policy: the newest file cannot be used"),
+                (self._tls.is_current, "tls: the newest files cannot be used"),
+            ],
+            draining=self._draining,
+        )
+
+    # -- parts of serving ------------------------------------------------------------------------------------------
+
+    async def _first_round(self) -> None:
+        """Load the keyring before anything is served. Raises `ConfigError` if Vault cannot be used."""
+        deadline = self._clock.mono() + _VAULT_START_WITHIN
+        while True:
+            try:
+                await asyncio.to_thread(self._keyring_loop.round)
+            except KeyStoreUnavailableError as error:
+                if self._clock.mono() > deadline:
+                    raise ConfigError(str(error)) from error
+                await asyncio.sleep(0.25)
+            except CarnetError as error:
+                raise ConfigError(str(error)) from error
+            else:
+                self.telemetry.vault_answered()
+                return
+
+    def _authenticate(self, auth_context: AuthContext) -> Workload:
+        """Return the workload behind a connection; judged anew at each call."""
+        return self._identities.authenticate(
+            auth_context.get("x509_pem_cert", ()),
+            auth_context.get("x509_pem_cert_chain", ()),
+            tls_version=auth_context.get("ssl_tls_version", ()),
+            bundle=self._tls.value.bundle,
+            now=self._clock.now(),
+        )
+
+    async def _sign_in_vault(self, signer: Signer, inputs: Sequence[bytes]) -> list[bytes]:
+        """Sign with a key that is not in this process: a round trip each, so several at a time, and off the loop."""
+        loop = asyncio.get_running_loop()
+        signing = [loop.run_in_executor(self._vault_threads, signer.sign, one) for one in inputs]
+        return list(await asyncio.gather(*signing))
+
+    async def _watch_files(self, health_servicer: health.aio.HealthServicer) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_AT_FILES_EVERY)
+            await asyncio.to_thread(self._refresh)
+            await self._report_health(health_servicer)
+
+    def _refresh(self, *, force: bool = False) -> None:
+        self._policy.refresh(force=force)
+        self._tls.refresh(force=force)
+
+    async def _report_health(self, servicer: health.aio.HealthServicer) -> None:
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        serving = status.SERVING if self.readiness().ready else status.NOT_SERVING
+        for service in ("", "carnet.v1.TokenService", "carnet.v1.TrustService"):
+            await servicer.set(service, serving)
+
+
+class _PlainServer(uvicorn.Server):
+    """Uvicorn without its own signal handlers: ours drain the whole process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]  # noqa: ANN201 - as its base
+        """Capture none."""
+        yield
+
+
+async def _sign_here(signer: Signer, inputs: Sequence[bytes]) -> list[bytes]:
+    """Sign with a key in memory: about 40 us, less than a thread would cost."""
+    return [signer.sign(one) for one in inputs]
+
+
+def _listen(address: str) -> socket.socket:
+    host, port = host_and_port(address)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        msg = f"listen.plain: cannot listen on {address} ({error.strerror}); give a free port of an address of this host"
+        raise ConfigError(msg) from error
+
+
+def check_files(config: BrokerConfig) -> None:
+    """Load all that the configuration names, without serving. Raises `ConfigError`."""
+    policy = load_policy_file(config)
+    server_dns_name(load_tls(config, [policy.trust_domain]).identity.spiffe_id)
+
+

@@ -1,0 +1,108 @@
+"""What happens around every call: authenticate the peer, read its request, answer errors with a status.
+
+No method is served without it, health included. gRPC's interceptors see metadata and not the peer, so the handler is
+wrapped, and the certificate judged on each call: an open connection outlives a certificate, a CA and a revocation.
+
+A unary method is served as a stream of requests of which one is read. On the wire the two are the same; but so the
+caller is authenticated before a byte of its request is read, and one that sends its request slowly, or never, is ended
+by us: gRPC's own unary handler would wait without end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
+from datetime import timedelta
+from time import perf_counter
+from typing import Any, Final, Protocol
+
+import grpc
+from carnet.errors import CarnetError
+
+from carnet_broker.core.workload import Workload
+from carnet_broker.edges.grpc.status import SlowRequestError, status_of_error
+
+__all__ = ["AuthContext", "AuthenticatedCalls", "CallEvents", "caller"]
+
+AuthContext = Mapping[str, Sequence[bytes]]
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = grpc.RpcMethodHandler[Any, Any]
+
+_CALLER: Final[ContextVar[Workload]] = ContextVar("carnet_broker_caller")
+
+
+def caller() -> Workload:
+    """Return the workload behind the call that is being served. Raises `LookupError` outside of one."""
+    return _CALLER.get()
+
+
+class CallEvents(Protocol):
+    """Who wants to hear of calls: logs and metrics."""
+
+    def answered(self, method: str, seconds: float) -> None:
+        """Tell that a call was answered well, and how long that took."""
+
+    def refused(self, method: str, error: CarnetError, workload: Workload | None) -> None:
+        """Tell that a call was answered with an error that was meant."""
+
+    def failed(self, method: str, error: Exception) -> None:
+        """Tell that a call ended in an error that nobody meant."""
+
+
+class AuthenticatedCalls(grpc.aio.ServerInterceptor):
+    """Wraps every unary method; a method of another kind is not served."""
+
+    def __init__(
+        self, authenticate: Callable[[AuthContext], Workload], events: CallEvents, *, read_within: timedelta
+    ) -> None:
+        """Wire the parts. `authenticate` raises `UnauthenticatedError`."""
+        self._authenticate = authenticate
+        self._events = events
+        self._read_within = read_within.total_seconds()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the handler, wrapped; None, which is UNIMPLEMENTED, for an unknown method."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return None
+        serve, method = handler.unary_unary, handler_call_details.method
+
+        async def answer(_: object, context: Context) -> Any:
+            started = perf_counter()
+            try:
+                _CALLER.set(self._authenticate(context.auth_context()))
+                response = await serve(await self._read(context), context)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status and no detail
+                status = self._status(method, error)
+            else:
+                self._events.answered(method, perf_counter() - started)
+                return response
+            await context.abort(status.code, status.details, status.trailing_metadata)
+
+        return grpc.stream_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
+
+    async def _read(self, context: Context) -> Any:
+        """Return the request, or raise `SlowRequestError`."""
+        try:
+            async with asyncio.timeout(self._read_within):
+                request = await context.read()
+        except TimeoutError as error:
+            msg = f"the request did not come within {self._read_within} s"
+            raise SlowRequestError(msg) from error
+        if request is grpc.aio.EOF:
+            msg = "the call ended before its request"
+            raise SlowRequestError(msg)
+        return request
+
+    def _status(self, method: str, error: Exception) -> grpc.Status:
+        """Report `error`, and return what the caller is told."""
+        if isinstance(error, CarnetError):
+            self._events.refused(method, error, _CALLER.get(None))
+        else:
+            self._events.failed(method, error)
+        return status_of_error(error)

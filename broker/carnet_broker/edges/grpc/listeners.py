@@ -1,0 +1,103 @@
+"""The gRPC servers: limits on all that a peer can send, and mutual TLS whose files can be swapped.
+
+Every handshake gets a new configuration. That takes up renewed certificates and CA bundles at once, and it prevents
+TLS session resumption: a session of an earlier configuration, which would bring back a client certificate that has
+ended since, finds no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import grpc
+from carnet.errors import ConfigError
+
+__all__ = ["ListenerLimits", "TlsPems", "bind", "new_server", "server_credentials"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenerLimits:
+    """The bounds of one listener."""
+
+    max_message_bytes: int = 64 * 1024
+    max_metadata_bytes: int = 16 * 1024
+    max_streams_per_connection: int = 128
+    max_concurrent_calls: int = 1024
+    handshake_timeout: timedelta = timedelta(seconds=5)
+    connection_age: timedelta = timedelta(minutes=30)
+    connection_age_grace: timedelta = timedelta(seconds=30)
+    connection_idle: timedelta = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsPems:
+    """What a handshake is made with. PEM."""
+
+    private_key: bytes
+    certificate_chain: bytes
+    client_ca: bytes
+
+    def __repr__(self) -> str:
+        return "TlsPems(...)"
+
+
+def server_credentials(pems: Callable[[], TlsPems]) -> grpc.ServerCredentials:
+    """Return credentials that read `pems` at each handshake and require a client certificate."""
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        current = pems()
+        return grpc.ssl_server_certificate_configuration(
+            [(current.private_key, current.certificate_chain)], current.client_ca
+        )
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), configuration, require_client_authentication=True
+    )
+
+
+def new_server(limits: ListenerLimits, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
+    """Return a server; to be called inside the loop that will run it."""
+    return grpc.aio.server(
+        interceptors=list(interceptors),
+        options=_options(limits),
+        maximum_concurrent_rpcs=limits.max_concurrent_calls,
+    )
+
+
+def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials, *, setting: str) -> int:
+    """Bind `server` to `address`, and return the port. Raises `ConfigError` that names `setting`."""
+    try:
+        port: int = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        msg = f"{setting}: cannot listen on {address}: is the port taken by another process? ({error})"
+        raise ConfigError(msg) from error
+    if port == 0:
+        msg = f"{setting}: cannot listen on {address}: give a free port of an address of this host"
+        raise ConfigError(msg)
+    return port
+
+
+def _options(limits: ListenerLimits) -> list[tuple[str, Any]]:
+    def milliseconds(duration: timedelta) -> int:
+        return round(duration / timedelta(milliseconds=1))
+
+    return [
+        # By default a second server could bind the same port, and take half of the connections, without a word.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", limits.max_streams_per_connection),
+        ("grpc.server_handshake_timeout_ms", milliseconds(limits.handshake_timeout)),
+        ("grpc.max_connection_age_ms", milliseconds(limits.connection_age)),
+        ("grpc.max_connection_age_grace_ms", milliseconds(limits.connection_age_grace)),
+        ("grpc.max_connection_idle_ms", milliseconds(limits.connection_idle)),
+        # A client may ping an idle connection each 10 s, not faster; a third ping too early ends the connection.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]

@@ -1,0 +1,84 @@
+"""TokenService: from the wire to `Issuer.issue`, and back."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final
+
+import grpc
+from carnet.v1 import token_pb2, token_pb2_grpc
+
+from carnet_broker.edges.grpc.calls import caller
+from carnet_broker.edges.grpc.status import CODES
+from carnet_broker.issuance import Issued, Issuer, Refusal, RefusalReason, RefusedError, TokenRequest
+from carnet_broker.ports import Clock
+
+__all__ = ["MAX_BATCH", "TokenServicer"]
+
+MAX_BATCH: Final = 64
+"""Requests in one IssueTokens call."""
+_LONGEST_TTL_SECONDS: Final = 10 * 365 * 86_400
+_NOT_A_TTL: Final = timedelta(0)
+
+
+class TokenServicer(token_pb2_grpc.TokenServiceServicer):
+    """Serves TokenService to callers that `calls.AuthenticatedCalls` has let in."""
+
+    def __init__(self, issuer: Issuer, clock: Clock) -> None:
+        self._issuer = issuer
+        self._clock = clock
+
+    async def IssueToken(  # type: ignore[override]  # noqa: N802 - the stubs type the sync form; the name in the proto
+        self, request: token_pb2.IssueTokenRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> token_pb2.IssueTokenResponse:
+        """Issue one token, or raise `RefusedError`."""
+        del context
+        now, mono = self._clock.now(), self._clock.mono()
+        (answer,) = await self._issuer.issue(caller(), [_request(request)], now=now, mono=mono)
+        if isinstance(answer, RefusedError):
+            raise answer
+        return _response(answer)
+
+    async def IssueTokens(  # type: ignore[override]  # noqa: N802 - as above
+        self, request: token_pb2.IssueTokensRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> token_pb2.IssueTokensResponse:
+        """Answer each request of a batch."""
+        del context
+        if not 0 < len(request.requests) <= MAX_BATCH:
+            refusal = Refusal(RefusalReason.INVALID_REQUEST, f"requests: one to {MAX_BATCH} in a call")
+            raise RefusedError(refusal)
+        now, mono = self._clock.now(), self._clock.mono()
+        asked = [_request(one) for one in request.requests]
+        answers = await self._issuer.issue(caller(), asked, now=now, mono=mono)
+        return token_pb2.IssueTokensResponse(results=[_result(answer) for answer in answers])
+
+
+def _request(message: token_pb2.IssueTokenRequest) -> TokenRequest:
+    ttl: timedelta | None = None
+    if message.HasField("ttl"):
+        seconds, nanos = message.ttl.seconds, message.ttl.nanos
+        # Outside of what a Duration may be (or we grant), it becomes a life that is refused like zero is.
+        valid = 0 <= seconds <= _LONGEST_TTL_SECONDS and 0 <= nanos < 1_000_000_000  # noqa: PLR2004
+        ttl = timedelta(seconds=seconds, microseconds=nanos // 1000) if valid else _NOT_A_TTL
+    return TokenRequest(message.audience, tuple(message.scopes), ttl)
+
+
+def _response(issued: Issued) -> token_pb2.IssueTokenResponse:
+    response = token_pb2.IssueTokenResponse(
+        token=issued.token, scopes=issued.draft.claims.scopes, ttl_shortened=issued.draft.shortened
+    )
+    response.expires_in.FromTimedelta(issued.expires_in)
+    response.refresh_in.FromTimedelta(issued.refresh_in)
+    return response
+
+
+def _result(answer: Issued | RefusedError) -> token_pb2.IssueTokenResult:
+    if isinstance(answer, Issued):
+        return token_pb2.IssueTokenResult(issued=_response(answer))
+    refusal = answer.refusal
+    refused = token_pb2.IssueTokenRefusal(
+        code=CODES[refusal.reason].value[0], reason=refusal.reason, message=refusal.message
+    )
+    if refusal.retry_after is not None:
+        refused.retry_after.FromTimedelta(refusal.retry_after)
+    return token_pb2.IssueTokenResult(refused=refused)

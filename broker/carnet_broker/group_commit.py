@@ -1,0 +1,75 @@
+"""Group commit: many calls wait for one write to the disk.
+
+While one write is under way, the records of all calls that come in collect, and go out together with the next one. So a
+quiet broker answers after one write, and a busy one makes no more writes than the disk can take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from datetime import timedelta
+
+from carnet_broker.core.ledger import IssueRecord
+from carnet_broker.ports import AuditUnavailableError
+
+__all__ = ["GroupCommit"]
+
+
+class GroupCommit:
+    """Makes records durable, in groups. Lives on one event loop."""
+
+    def __init__(
+        self, write: Callable[[Sequence[IssueRecord]], None], executor: Executor, *, deadline: timedelta
+    ) -> None:
+        """`write` blocks until its records are durable, or raises `AuditUnavailableError`; it runs in `executor`."""
+        self._write = write
+        self._executor = executor
+        self._deadline = deadline.total_seconds()
+        self._waiting: list[tuple[Sequence[IssueRecord], asyncio.Future[None]]] = []
+        self._writer: asyncio.Task[None] | None = None
+
+    async def __call__(self, records: Sequence[IssueRecord]) -> None:
+        """Return when `records` are durable. Raises `AuditUnavailableError`, after the deadline at the latest.
+
+        A caller that is cancelled while its records are being written leaves them written: they count as issued.
+        """
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        self._waiting.append((records, done))
+        if self._writer is None:
+            self._writer = loop.create_task(self._write_groups())
+        timer = loop.call_later(self._deadline, _give_up, done)
+        try:
+            await done
+        finally:
+            timer.cancel()
+
+    async def _write_groups(self) -> None:
+        """Write group after group until nobody waits."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._waiting:
+                group, self._waiting = self._waiting, []
+                # Who gave up waiting gets no token, so its record would tell of one that never was.
+                group = [(records, done) for records, done in group if not done.done()]
+                failure: AuditUnavailableError | None = None
+                try:
+                    records = [record for records, _ in group for record in records]
+                    await loop.run_in_executor(self._executor, self._write, records)
+                except AuditUnavailableError as error:
+                    failure = error
+                except Exception as error:  # noqa: BLE001 - not known to be durable, so nobody gets a token for it
+                    failure = AuditUnavailableError(f"the audit file failed: {error!r}")
+                for _, done in group:
+                    if not done.done():
+                        done.set_result(None) if failure is None else done.set_exception(failure)
+        finally:
+            self._writer = None
+
+
+def _give_up(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        msg = "the audit file did not take the record in time: is its disk hanging?"
+        done.set_exception(AuditUnavailableError(msg))

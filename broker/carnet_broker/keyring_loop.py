@@ -1,0 +1,97 @@
+"""The thread that drives the keyring: polls Vault, and looks at once when somebody asks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Final, Protocol
+
+from carnet_broker.ports import Clock
+from carnet_broker.rotation import RotationDriver
+
+__all__ = ["KeyringLoop", "VaultEvents"]
+
+_ASK_AGAIN_AFTER: Final = 1.0
+"""Seconds for which an answer of Vault is new enough for whoever asks for a look."""
+_SOON: Final = 0.02
+"""Seconds; the shortest pause between two rounds, so that a plan that is always due cannot spin."""
+
+
+class VaultEvents(Protocol):
+    """Who wants to hear whether Vault answers: logs and metrics."""
+
+    def vault_answered(self) -> None:
+        """Tell that a round went well."""
+
+    def vault_failed(self, error: Exception) -> None:
+        """Tell that a round failed. What was loaded before stays in force."""
+
+
+class KeyringLoop:
+    """Runs `RotationDriver.tick` again and again in one thread."""
+
+    def __init__(
+        self, driver: RotationDriver, clock: Clock, events: VaultEvents, *, poll_interval: timedelta
+    ) -> None:
+        self._driver = driver
+        self._clock = clock
+        self._events = events
+        self._poll_interval = poll_interval.total_seconds()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._lock = threading.Lock()
+        self._asked: list[Future[bool]] = []
+        self._answered_mono: float | None = None
+        self._thread = threading.Thread(target=self._run, name="carnet-keyring", daemon=True)
+
+    def round(self) -> float:
+        """Do one round in the calling thread, and return the seconds until the next. Raises what the round raises."""
+        now = self._clock.now()
+        until = self._driver.tick(now, self._clock.mono())
+        self._answered_mono = self._clock.mono()
+        pause = self._poll_interval
+        if until is not None:
+            pause = min(pause, (until - self._clock.now()).total_seconds())
+        return max(_SOON, pause)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, when the round under way is over."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
+
+    async def read_again(self) -> bool:
+        """Make sure that the keyring was read within the last second; say whether Vault answered."""
+        answered = self._answered_mono
+        if answered is not None and self._clock.mono() - answered < _ASK_AGAIN_AFTER:
+            return True
+        asked: Future[bool] = Future()
+        with self._lock:
+            self._asked.append(asked)
+        self._wake.set()
+        return await asyncio.wrap_future(asked)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            with self._lock:
+                asked, self._asked = self._asked, []
+            pause = self._poll_interval
+            try:
+                pause = self.round()
+            except Exception as error:  # noqa: BLE001 - reported; a fault of one round must not end all rotation
+                self._events.vault_failed(error)
+                answered = False
+            else:
+                self._events.vault_answered()
+                answered = True
+            for future in asked:
+                if future.set_running_or_notify_cancel():
+                    future.set_result(answered)
+            self._wake.wait(pause)
+            self._wake.clear()

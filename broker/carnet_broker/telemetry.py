@@ -1,0 +1,154 @@
+"""Logs and metrics of the broker. No token, no key, no secret, and no SPIFFE ID as a metric label.
+
+Logs are structured, one JSON object a line on standard error (or readable text on a terminal). Metrics are Prometheus'.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Final
+
+import structlog
+from carnet.errors import CarnetError
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from carnet_broker.core.keyring import Keyring, Step
+from carnet_broker.core.workload import UnauthenticatedError, Workload
+from carnet_broker.issuance import RefusedError
+from carnet_broker.ports import KeyLostError
+
+__all__ = ["Telemetry", "configure_logging"]
+
+_LATENCY_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+
+
+def configure_logging(*, level: str, json: bool) -> None:
+    """Set up structlog for the process, and send what libraries log the same way."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer: Any = structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=False)
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[*shared, structlog.processors.format_exc_info, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(number, logging.WARNING))
+
+
+class Telemetry:
+    """Everything that is counted and logged, by the names of what happened. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._vault_failure: str | None = None
+        self.log = structlog.get_logger("carnet_broker")
+        registry = self.registry
+        self.calls = Counter(
+            "carnet_calls_total", "Calls by method and reason of the answer.", ["method", "reason"], registry=registry
+        )
+        self.seconds = Histogram(
+            "carnet_call_seconds", "Time to answer a call.", ["method"], registry=registry, buckets=_LATENCY_BUCKETS
+        )
+        self.tokens = Counter("carnet_tokens_issued_total", "Tokens issued.", registry=registry)
+        self.unauthenticated = Counter(
+            "carnet_unauthenticated_total", "Calls whose certificate was refused.", ["reason"], registry=registry
+        )
+        self.steps = Counter(
+            "carnet_keyring_steps_total", "Steps of the keyring taken here.", ["step"], registry=registry
+        )
+        self.generation = Gauge("carnet_keyring_generation", "Generation of the keyring in force.", registry=registry)
+        self.keys_lost = Counter("carnet_keys_lost_total", "Keys found unusable.", registry=registry)
+        self.vault_ok = Gauge("carnet_vault_reachable", "1 while Vault answers, else 0.", registry=registry)
+        self.reloads = Counter(
+            "carnet_reloads_total", "Reloads of files, by what and result.", ["what", "result"], registry=registry
+        )
+        self.reload_failed_now = Gauge(
+            "carnet_reload_failing",
+            "1 while the newest file of its kind cannot be used and the last good one serves.",
+            ["what"],
+            registry=registry,
+        )
+
+    # -- calls (edges.grpc.calls.CallEvents) -----------------------------------------------------------------------
+
+    def answered(self, method: str, seconds: float) -> None:
+        """Count a call that was answered well."""
+        self.calls.labels(method, "OK").inc()
+        self.seconds.labels(method).observe(seconds)
+
+    def refused(self, method: str, error: CarnetError, workload: Workload | None) -> None:
+        """Count and log a call that was answered with an error that was meant."""
+        subject = str(workload.spiffe_id) if workload is not None else None
+        if isinstance(error, UnauthenticatedError):
+            self.unauthenticated.labels(str(error.reason)).inc()
+            self.calls.labels(method, "UNAUTHENTICATED").inc()
+            self.log.warning("unauthenticated", method=method, reason=str(error.reason), cause=str(error))
+            return
+        reason = str(error.refusal.reason) if isinstance(error, RefusedError) else error.code
+        self.calls.labels(method, reason).inc()
+        cause = str(error.__cause__) if error.__cause__ is not None else str(error)
+        self.log.warning("refused", method=method, reason=reason, subject=subject, cause=cause)
+
+    def failed(self, method: str, error: Exception) -> None:
+        """Count and log a call that ended in an error that nobody meant."""
+        self.calls.labels(method, "INTERNAL").inc()
+        self.log.error("internal_error", method=method, exc_info=error)
+
+    # -- keyring (rotation.RotationEvents) -------------------------------------------------------------------------
+
+    def step_taken(self, step: Step, keyring: Keyring) -> None:
+        """Count and log a step of the keyring."""
+        name = type(step).__name__
+        self.steps.labels(name).inc()
+        self.log.info("keyring_step", step=name, kid=getattr(step, "kid", None), generation=keyring.generation)
+
+    def key_lost(self, kid: str, error: KeyLostError) -> None:
+        """Count and log a private key that cannot be used."""
+        self.keys_lost.inc()
+        self.log.error("key_lost", kid=kid, cause=str(error))
+
+    # -- Vault (keyring_loop.VaultEvents) --------------------------------------------------------------------------
+
+    def vault_answered(self) -> None:
+        """Note that Vault answers, and say so where it did not before."""
+        if self._vault_failure is not None:
+            self.log.info("vault_recovered")
+        self._vault_failure = None
+        self.vault_ok.set(1)
+
+    def vault_failed(self, error: Exception) -> None:
+        """Note that a round with Vault failed; log each new cause once, not at each poll."""
+        self.vault_ok.set(0)
+        if self._vault_failure != str(error):
+            expected = isinstance(error, CarnetError)
+            self.log.error("vault_failed", cause=str(error), exc_info=None if expected else error)
+        self._vault_failure = str(error)
+
+    # -- files (watched.ReloadEvents) ------------------------------------------------------------------------------
+
+    def reloaded(self, what: str) -> None:
+        """Count and log a file that was taken up."""
+        self.reloads.labels(what, "ok").inc()
+        self.reload_failed_now.labels(what).set(0)
+        self.log.info("reloaded", what=what)
+
+    def reload_failed(self, what: str, error: CarnetError) -> None:
+        """Count and log a file that cannot be used."""
+        self.reloads.labels(what, "failed").inc()
+        self.reload_failed_now.labels(what).set(1)
+        self.log.error("reload_failed", what=what, cause=str(error), serving="the last good one")
