@@ -97,7 +97,7 @@ class RotationDriver:
         pending = self._requests.pending()
         until: datetime | None = None
         for _ in range(_MAX_STEPS):
-            wish = wish_of(pending, keyring, now=now, timing=self._timing)
+            wish = wish_of(pending, keyring, timing=self._timing)
             step = self._plan(keyring, now, wish)
             if isinstance(step, Wait):
                 until = step.until
@@ -109,7 +109,7 @@ class RotationDriver:
         else:
             until = now
         for request in pending:
-            result = judge(request, keyring, now=now, timing=self._timing)
+            result = judge(request, keyring, timing=self._timing)
             if result != request.result:
                 self._requests.answer(request, result)
         if self._swept_at is None or now - self._swept_at > _SWEEP_EVERY:
@@ -219,7 +219,7 @@ class RotationDriver:
                     request.request_id
                     for request in pending
                     if request.kind is not RequestKind.REVOKE
-                    and judge(request, keyring, now=now, timing=self._timing).status is RequestStatus.ACCEPTED
+                    and judge(request, keyring, timing=self._timing).status is RequestStatus.ACCEPTED
                 ]
                 return keyring.with_activated(kid, now, self._timing, answers=answers[:_ANSWERS_KEPT])
             case RemoveKey(kid):

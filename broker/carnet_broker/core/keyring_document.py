@@ -89,12 +89,13 @@ def keyring_of_content(content: dict[str, Any], *, issuer: str, store: str) -> K
 def _key_of_entry(entry: object, position: int) -> KeyRecord:
     """Return one key of the document."""
     where = f"keys[{position}] of the keyring document"
-    if not isinstance(entry, dict) or set(entry) - {"state", "jwk", "version", "answers", *_TIMES}:
+    known = {"state", "jwk", "version", "answers", *_TIMES}
+    if not isinstance(entry, dict) or set(entry) - known or not isinstance(entry.get("jwk"), dict):
         msg = f"{where} is not an object of the known members"
         raise InvalidKeyringError(msg)
     try:
         state = KeyState(entry.get("state", ""))
-        jwk = PublicJWK.parse(entry.get("jwk"))
+        jwk = PublicJWK.parse(entry["jwk"])
         times = {name: _time_of(entry[name]) for name in _TIMES if name in entry}
     except (ValueError, TypeError, InvalidKeySetError) as error:
         msg = f"{where} cannot be read: {error}"

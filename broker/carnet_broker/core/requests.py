@@ -70,7 +70,7 @@ class RotationRequest:
     """The answer so far, None before the first."""
 
 
-def judge(request: RotationRequest, keyring: Keyring, *, now: datetime, timing: Timing) -> RequestResult:
+def judge(request: RotationRequest, keyring: Keyring, *, timing: Timing) -> RequestResult:
     """Return the answer to `request` as the keyring stands."""
     if request.kind is not RequestKind.ROTATE and not request.breakglass:
         message = f"{request.kind} needs the carnet-breakglass role"
@@ -114,12 +114,12 @@ def _judge_revocation(request: RotationRequest, keyring: Keyring) -> RequestResu
     return RequestResult(RequestStatus.ACCEPTED, "REVOKING", f"key {key.kid} is about to be revoked", detail)
 
 
-def wish_of(requests: Iterable[RotationRequest], keyring: Keyring, *, now: datetime, timing: Timing) -> Wish:
+def wish_of(requests: Iterable[RotationRequest], keyring: Keyring, *, timing: Timing) -> Wish:
     """Return what the accepted among `requests` want of the keyring."""
     accepted = [
         request
         for request in requests
-        if judge(request, keyring, now=now, timing=timing).status is RequestStatus.ACCEPTED
+        if judge(request, keyring, timing=timing).status is RequestStatus.ACCEPTED
     ]
     kinds = {request.kind for request in accepted}
     return Wish(
