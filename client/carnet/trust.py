@@ -9,8 +9,8 @@ A verifier knows the keys that the issuer publishes and keeps them fresh in the 
 rules). A token whose key is known is verified in memory: no lock, no network, whatever goes on elsewhere.
 
 Nothing is started before the first use, so a verifier may be made before a fork; each child then starts its own. If
-`verify` was used before the fork, the child can go on with the keys that it inherits, but gRPC in it needs
-``GRPC_ENABLE_FORK_SUPPORT=1``, as it always does.
+it was used before the fork, a child goes on with the keys that it inherits and fetches anew. gRPC promises to work in
+such a child only with ``GRPC_ENABLE_FORK_SUPPORT=1``.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from support.broker_stub import ISSUER, BrokerStub
 
 from carnet.claims import Claims
 from carnet.encoding import base64url
@@ -31,7 +31,9 @@ from carnet.identity import Identity
 from carnet.keysets import KeySetSnapshot
 from carnet.testing.ca import CertificateAuthority
 from carnet.trust import AsyncVerifier, Verifier
-from carnet.verify import assemble, encode_unsigned, parse_unverified
+from carnet.verify import assemble, parse_unverified
+from support.broker_stub import ISSUER, BrokerStub
+from support.counts import count
 
 ORDERS = "spiffe://prod.example/ns/shop/sa/orders"
 PAYMENTS = "spiffe://prod.example/ns/shop/sa/payments"
@@ -47,53 +49,60 @@ class Threaded:
         self.ready = verifier.ready
         self.staleness = verifier.staleness
 
-    async def verify(self, token: str | bytes, **how: Any) -> Claims:
+    async def verify(self, token: str | bytes, **how: Any) -> Claims:  # noqa: ANN401 - those of Verifier
+        """Verify in a thread."""
         return await asyncio.to_thread(self.inner.verify, token, **how)
 
-    async def wait_ready(self, timeout: timedelta = timedelta(seconds=10)) -> None:
+    async def wait_ready(self, timeout: timedelta = timedelta(seconds=10)) -> None:  # noqa: ASYNC109 - as there
+        """Wait in a thread."""
         await asyncio.to_thread(self.inner.wait_ready, timeout)
 
     async def close(self) -> None:
+        """Close in a thread."""
         await asyncio.to_thread(self.inner.close)
 
 
-@pytest.fixture(name="ca", scope="module")
-def _ca() -> CertificateAuthority:
-    return CertificateAuthority.create("prod.example")
+@dataclass(frozen=True)
+class Scene:
+    """A broker, a caller, a verifying service, and what its verifier is made with."""
+
+    broker: BrokerStub
+    orders: Identity
+    payments: Identity
+    settings: dict[str, Any]
+
+    def token(self, **claims: Any) -> str:  # noqa: ANN401 - the arguments of mint
+        """Return a good token of the caller, but for `claims`."""
+        return self.broker.mint(thumbprint=self.orders.thumbprint, **claims)
 
 
-@pytest.fixture(name="broker")
-def _broker(ca: CertificateAuthority) -> Iterator[BrokerStub]:
-    with BrokerStub.start(ca) as broker:
-        yield broker
-
-
-@pytest.fixture(name="orders", scope="module")
-def _orders(ca: CertificateAuthority) -> Identity:
-    issued = ca.issue(ORDERS)
+def _identity(ca: CertificateAuthority, spiffe_id: str) -> Identity:
+    issued = ca.issue(spiffe_id)
     return Identity.parse(issued.certificate_pem, issued.private_key_pem)
 
 
-@pytest.fixture(name="payments", scope="module")
-def _payments(ca: CertificateAuthority) -> Identity:
-    issued = ca.issue(PAYMENTS)
-    return Identity.parse(issued.certificate_pem, issued.private_key_pem)
-
-
-@pytest.fixture(name="settings")
-def _settings(ca: CertificateAuthority, broker: BrokerStub, payments: Identity, tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(name="scene")
+def _scene(tmp_path: Path) -> Iterator[Scene]:
+    ca = CertificateAuthority.create("prod.example")
     (tmp_path / "ca.pem").write_bytes(ca.root_pem)
-    return {
-        "audience": "payments",
-        "issuer": ISSUER,
-        "trust": broker.target,
-        "identity": payments,
-        "ca_file": tmp_path / "ca.pem",
-    }
+    with BrokerStub.start(ca) as broker:
+        payments = _identity(ca, PAYMENTS)
+        settings = {
+            "audience": "payments",
+            "issuer": ISSUER,
+            "trust": broker.target,
+            "identity": payments,
+            "ca_file": tmp_path / "ca.pem",
+        }
+        yield Scene(broker, _identity(ca, ORDERS), payments, settings)
 
 
 @asynccontextmanager
-async def verifying(kind: str, settings: dict[str, Any], **more: Any) -> AsyncIterator[Threaded | AsyncVerifier]:
+async def verifying(
+    kind: str,
+    settings: dict[str, Any],
+    **more: Any,  # noqa: ANN401 - those of Verifier
+) -> AsyncIterator[Threaded | AsyncVerifier]:
     """Open a verifier of one kind or the other, and close it."""
     verifier = Threaded(Verifier(**settings | more)) if kind == "sync" else AsyncVerifier(**settings | more)
     try:
@@ -102,37 +111,43 @@ async def verifying(kind: str, settings: dict[str, Any], **more: Any) -> AsyncIt
         await verifier.close()
 
 
-def with_unknown_key(token: str) -> str:
-    """Return a token of the right form whose key nobody ever published."""
-    unverified = parse_unverified(token)
-    kid = base64url(secrets.token_bytes(32)).decode()
-    header = b'{"alg":"ES256","typ":"at+jwt","kid":"' + kid.encode() + b'"}'
-    payload = unverified.signing_input.split(b".")[1]
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for something that another thread does."""
+    while not true():  # noqa: ASYNC110 - no event says so
+        await asyncio.sleep(0.02)
+
+
+def with_unknown_key(payload: bytes) -> str:
+    """Return a token of the right form, with this encoded payload, whose key nobody ever published."""
+    header = b'{"alg":"ES256","typ":"at+jwt","kid":"' + base64url(secrets.token_bytes(32)) + b'"}'
     return assemble(base64url(header) + b"." + payload, bytes(64))
 
 
+def payload_of(token: str) -> bytes:
+    """Return the encoded payload of a token."""
+    return parse_unverified(token).signing_input.split(b".")[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_good_token_is_verified_and_its_near_misses_are_not(
-    kind: str, broker: BrokerStub, orders: Identity, payments: Identity, settings: dict[str, Any]
-):
+async def test_a_good_token_is_verified_and_its_near_misses_are_not(kind: str, scene: Scene):
     """The caller's certificate counts in every form it may have; another audience, certificate, time or key is no."""
-    token = broker.mint(thumbprint=orders.thumbprint)
-    async with verifying(kind, settings) as verifier:
-        der = orders.certificate.public_bytes(Encoding.DER)
-        for certificate in (orders.certificate, der, orders.certificate_chain_pem):
+    token = scene.token()
+    async with verifying(kind, scene.settings) as verifier:
+        der = scene.orders.certificate.public_bytes(Encoding.DER)
+        for certificate in (scene.orders.certificate, der, scene.orders.certificate_chain_pem):
             claims = await verifier.verify(token, peer_certificate=certificate)
             assert (ORDERS, ("charge",)) == (str(claims.subject), claims.scopes)
         near_misses: list[tuple[str, x509.Certificate | None, InvalidTokenReason]] = [
-            (token, payments.certificate, InvalidTokenReason.WRONG_CONFIRMATION),
+            (token, scene.payments.certificate, InvalidTokenReason.WRONG_CONFIRMATION),
             (token, None, InvalidTokenReason.NO_PEER_CERTIFICATE),
-            (broker.mint(), orders.certificate, InvalidTokenReason.MISSING_CLAIM),
+            (scene.broker.mint(), scene.orders.certificate, InvalidTokenReason.MISSING_CLAIM),
             (
-                broker.mint(audience="bank", thumbprint=orders.thumbprint),
-                orders.certificate,
+                scene.token(audience="bank"),
+                scene.orders.certificate,
                 InvalidTokenReason.WRONG_AUDIENCE,
             ),
-            (with_unknown_key(token), orders.certificate, InvalidTokenReason.UNKNOWN_KEY),
-            ("x" + token, orders.certificate, InvalidTokenReason.MALFORMED),
+            (with_unknown_key(payload_of(token)), scene.orders.certificate, InvalidTokenReason.UNKNOWN_KEY),
+            ("x" + token, scene.orders.certificate, InvalidTokenReason.MALFORMED),
         ]
         for near_miss, near_certificate, reason in near_misses:
             with pytest.raises(InvalidTokenError) as refused:
@@ -143,126 +158,115 @@ async def test_a_good_token_is_verified_and_its_near_misses_are_not(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_token_is_over_at_its_last_second(
-    kind: str, broker: BrokerStub, orders: Identity, settings: dict[str, Any]
-):
+async def test_a_token_is_over_at_its_last_second(kind: str, scene: Scene):
     """`now` is an argument: one second before the end the token is good, at the end it is not."""
-    token = broker.mint(thumbprint=orders.thumbprint)
-    async with verifying(kind, settings) as verifier:
-        claims = await verifier.verify(token, peer_certificate=orders.certificate)
+    token = scene.token()
+    async with verifying(kind, scene.settings) as verifier:
+        claims = await verifier.verify(token, peer_certificate=scene.orders.certificate)
         last = claims.expires_at - timedelta(seconds=1)
-        assert claims == await verifier.verify(token, peer_certificate=orders.certificate, now=last)
+        assert claims == await verifier.verify(token, peer_certificate=scene.orders.certificate, now=last)
         with pytest.raises(InvalidTokenError) as refused:
-            await verifier.verify(token, peer_certificate=orders.certificate, now=claims.expires_at)
+            await verifier.verify(token, peer_certificate=scene.orders.certificate, now=claims.expires_at)
         assert InvalidTokenReason.EXPIRED is refused.value.reason
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_without_binding_an_unbound_token_is_accepted_and_a_bound_one_still_checked(
-    kind: str, broker: BrokerStub, orders: Identity, payments: Identity, settings: dict[str, Any]
-):
+async def test_without_binding_an_unbound_token_is_accepted_and_a_bound_one_still_checked(kind: str, scene: Scene):
     """`binding="none"` is for services that do not see the certificate; one that is seen counts."""
-    async with verifying(kind, settings, binding="none") as verifier:
-        assert (await verifier.verify(broker.mint())).confirmation is None
+    async with verifying(kind, scene.settings, binding="none") as verifier:
+        assert (await verifier.verify(scene.broker.mint())).confirmation is None
         with pytest.raises(InvalidTokenError):
-            await verifier.verify(broker.mint(thumbprint=orders.thumbprint), peer_certificate=payments.certificate)
+            await verifier.verify(scene.token(), peer_certificate=scene.payments.certificate)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_nothing_is_fetched_before_the_first_use_and_nothing_more_for_a_known_key(
-    kind: str, broker: BrokerStub, orders: Identity, settings: dict[str, Any]
-):
+async def test_nothing_is_fetched_before_the_first_use_and_nothing_more_for_a_known_key(kind: str, scene: Scene):
     """One fetch at the first use; then a verifier goes on without any broker."""
-    async with verifying(kind, settings) as verifier:
-        assert [] == broker.key_set_calls
+    async with verifying(kind, scene.settings) as verifier:
+        assert [] == scene.broker.key_set_calls
         assert verifier.staleness() is None
-        token = broker.mint(thumbprint=orders.thumbprint)
-        await verifier.verify(token, peer_certificate=orders.certificate)
-        assert [""] == broker.key_set_calls
-        broker.down()
+        token = scene.token()
+        await verifier.verify(token, peer_certificate=scene.orders.certificate)
+        assert [""] == scene.broker.key_set_calls
+        scene.broker.down()
         for _ in range(100):
-            await verifier.verify(token, peer_certificate=orders.certificate)
+            await verifier.verify(token, peer_certificate=scene.orders.certificate)
         assert verifier.ready()
         assert timedelta() <= verifier.staleness() < timedelta(seconds=30)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_key_that_was_published_since_is_asked_for_by_name(
-    kind: str, broker: BrokerStub, orders: Identity, settings: dict[str, Any]
-):
+async def test_a_key_that_was_published_since_is_asked_for_by_name(kind: str, scene: Scene):
     """K12: a token of a key that nobody announced is good at its first use."""
-    async with verifying(kind, settings) as verifier:
+    async with verifying(kind, scene.settings) as verifier:
         await verifier.wait_ready()
-        key = broker.rotate(keep_old=False)
-        await verifier.verify(broker.mint(thumbprint=orders.thumbprint), peer_certificate=orders.certificate)
-        assert ["", key.kid] == broker.key_set_calls
+        key = scene.broker.rotate(keep_old=False)
+        await verifier.verify(scene.token(), peer_certificate=scene.orders.certificate)
+        assert ["", key.kid] == scene.broker.key_set_calls
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_withdrawn_key_is_refused_once_the_set_is_fetched(
-    kind: str, broker: BrokerStub, orders: Identity, settings: dict[str, Any]
-):
+async def test_a_withdrawn_key_is_refused_once_the_set_is_fetched(kind: str, scene: Scene):
     """J07: the poll learns that a key is gone, with no token that would ask for anything."""
-    broker.max_age = timedelta(milliseconds=100)
-    token = broker.mint(thumbprint=orders.thumbprint)
-    async with verifying(kind, settings) as verifier:
-        await verifier.verify(token, peer_certificate=orders.certificate)
-        broker.rotate(keep_old=False)
-        calls = len(broker.key_set_calls)
-        while len(broker.key_set_calls) < calls + 2:
-            await asyncio.sleep(0.05)
+    scene.broker.max_age = timedelta(milliseconds=100)
+    token = scene.token()
+    async with verifying(kind, scene.settings) as verifier:
+        await verifier.verify(token, peer_certificate=scene.orders.certificate)
+        scene.broker.rotate(keep_old=False)
+        calls = len(scene.broker.key_set_calls)
+        await until(lambda: len(scene.broker.key_set_calls) >= calls + 2)
         with pytest.raises(InvalidTokenError) as refused:
-            await verifier.verify(token, peer_certificate=orders.certificate)
+            await verifier.verify(token, peer_certificate=scene.orders.certificate)
         assert InvalidTokenReason.UNKNOWN_KEY is refused.value.reason
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_no_and_cannot_tell_differ(kind: str, broker: BrokerStub, orders: Identity, settings: dict[str, Any]):
+async def test_no_and_cannot_tell_differ(kind: str, scene: Scene):
     """The key that was asked for is a "no", each time; another one during the cooldown cannot be told."""
-    token = broker.mint(thumbprint=orders.thumbprint)
-    first, second = with_unknown_key(token), with_unknown_key(token)
-    async with verifying(kind, settings, cooldown=timedelta(seconds=1)) as verifier:
+    token = scene.token()
+    first, second = with_unknown_key(payload_of(token)), with_unknown_key(payload_of(token))
+    async with verifying(kind, scene.settings, cooldown=timedelta(seconds=1)) as verifier:
         for _ in range(2):
             with pytest.raises(InvalidTokenError):
-                await verifier.verify(first, peer_certificate=orders.certificate)
+                await verifier.verify(first, peer_certificate=scene.orders.certificate)
         with pytest.raises(KeySetUnavailableError, match="asked for once in 1 s"):
-            await verifier.verify(second, peer_certificate=orders.certificate)
+            await verifier.verify(second, peer_certificate=scene.orders.certificate)
         await asyncio.sleep(1.1)
         with pytest.raises(InvalidTokenError):
-            await verifier.verify(second, peer_certificate=orders.certificate)
-        assert ["", parse_unverified(first).kid, parse_unverified(second).kid] == broker.key_set_calls
+            await verifier.verify(second, peer_certificate=scene.orders.certificate)
+        assert ["", parse_unverified(first).kid, parse_unverified(second).kid] == scene.broker.key_set_calls
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_callers_with_one_new_key_share_one_fetch(
-    kind: str, broker: BrokerStub, orders: Identity, settings: dict[str, Any]
-):
+async def test_callers_with_one_new_key_share_one_fetch(kind: str, scene: Scene):
     """32 calls at once with a key that is new: one question, 32 good answers."""
-    async with verifying(kind, settings) as verifier:
+    async with verifying(kind, scene.settings) as verifier:
         await verifier.wait_ready()
-        key = broker.rotate()
-        broker.trust_faults.slow(0.2)
-        token = broker.mint(thumbprint=orders.thumbprint)
-        calls = [verifier.verify(token, peer_certificate=orders.certificate) for _ in range(32)]
+        key = scene.broker.rotate()
+        scene.broker.trust_faults.slow(0.2)
+        token = scene.token()
+        calls = [verifier.verify(token, peer_certificate=scene.orders.certificate) for _ in range(32)]
         assert 1 == len(set(await asyncio.gather(*calls)))
-        assert ["", key.kid] == broker.key_set_calls
+        assert ["", key.kid] == scene.broker.key_set_calls
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_broker_that_hangs_holds_up_an_unknown_key_for_the_time_limit_and_known_keys_not_at_all(
-    kind: str, broker: BrokerStub, orders: Identity, settings: dict[str, Any]
+async def test_a_broker_that_hangs_holds_up_unknown_keys_for_a_bounded_time_and_known_ones_not_at_all(
+    kind: str, scene: Scene
 ):
     """The wait is bounded, ends in "cannot tell", and is nobody else's."""
-    token = broker.mint(thumbprint=orders.thumbprint)
-    async with verifying(kind, settings, fetch_timeout=timedelta(seconds=1)) as verifier:
-        await verifier.verify(token, peer_certificate=orders.certificate)
-        broker.trust_faults.hang()
+    token = scene.token()
+    async with verifying(kind, scene.settings, fetch_timeout=timedelta(seconds=1)) as verifier:
+        await verifier.verify(token, peer_certificate=scene.orders.certificate)
+        scene.broker.trust_faults.hang()
         started = time.monotonic()
-        unknown = asyncio.create_task(verifier.verify(with_unknown_key(token), peer_certificate=orders.certificate))
+        unknown = asyncio.create_task(
+            verifier.verify(with_unknown_key(payload_of(token)), peer_certificate=scene.orders.certificate)
+        )
         slowest = 0.0
         while not unknown.done():
             before = time.monotonic()
-            await verifier.verify(token, peer_certificate=orders.certificate)
+            await verifier.verify(token, peer_certificate=scene.orders.certificate)
             slowest = max(slowest, time.monotonic() - before)
             await asyncio.sleep(0.01)
         with pytest.raises(KeySetUnavailableError):
@@ -271,40 +275,350 @@ async def test_a_broker_that_hangs_holds_up_an_unknown_key_for_the_time_limit_an
         assert slowest < 0.5
 
 
-def test_a_flood_of_unknown_keys_costs_one_fetch_per_cooldown_and_harms_no_good_token(
-    broker: BrokerStub, orders: Identity, settings: dict[str, Any]
-):
-    """K11: 100,000 tokens with keys that do not exist; the good ones beside them are verified as ever."""
-    good = broker.mint(thumbprint=orders.thumbprint)
-    claims = Verifier(**settings)
+def test_a_flood_of_unknown_keys_costs_one_fetch_per_cooldown_and_harms_no_good_token(scene: Scene):
+    """K11: tokens with keys that do not exist, as fast as they go; the good ones beside them are verified as ever."""
+    tokens = count("tokens with an unknown key", quick=20_000, full=100_000)
+    good = scene.token()
+    payload = payload_of(good)
     cooldown = timedelta(seconds=2)
     flood_over = threading.Event()
     latencies: list[float] = []
-    with Verifier(**settings, cooldown=cooldown) as verifier:
-        claims = verifier.verify(good, peer_certificate=orders.certificate)
+    outcomes = {InvalidTokenError: 0, KeySetUnavailableError: 0}
+    with Verifier(**scene.settings, cooldown=cooldown) as verifier:
+        claims = verifier.verify(good, peer_certificate=scene.orders.certificate)
 
         def verify_good() -> None:
             while not flood_over.is_set():
                 before = time.monotonic()
-                assert claims == verifier.verify(good, peer_certificate=orders.certificate)
+                assert claims == verifier.verify(good, peer_certificate=scene.orders.certificate)
                 latencies.append(time.monotonic() - before)
                 time.sleep(0.005)
 
         beside = threading.Thread(target=verify_good)
         beside.start()
         started = time.monotonic()
-        outcomes = {InvalidTokenError: 0, KeySetUnavailableError: 0}
-        for _ in range(100_000):
-            kid = base64url(secrets.token_bytes(32)).decode()
-            with pytest.raises((InvalidTokenError, KeySetUnavailableError)) as refused:
-                verifier.verify(assemble(encode_unsigned(claims, kid), bytes(64)), peer_certificate=orders.certificate)
-            outcomes[refused.type] += 1
+        for _ in range(tokens):
+            token = with_unknown_key(payload)
+            try:
+                verifier.verify(token, peer_certificate=scene.orders.certificate)
+            except (InvalidTokenError, KeySetUnavailableError) as refused:
+                outcomes[type(refused)] += 1
         elapsed = time.monotonic() - started
         flood_over.set()
         beside.join()
-    asked = [kid for kid in broker.key_set_calls if kid]
-    assert 100_000 == sum(outcomes.values())
+    asked = [kid for kid in scene.broker.key_set_calls if kid]
+    assert tokens == sum(outcomes.values())
     assert 1 <= len(asked) <= elapsed / cooldown.total_seconds() + 1
     assert len(asked) == outcomes[InvalidTokenError]
     assert len(latencies) > 100
     assert sorted(latencies)[len(latencies) * 99 // 100] < 0.25
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["down", "unavailable", "hang", "lags", "nonsense"])
+async def test_one_server_that_cannot_answer_is_passed_over(kind: str, fault: str, scene: Scene):
+    """Down, without keyring, stopped, behind the generation at hand, or answering rubbish: the other one is asked."""
+    with BrokerStub.start(scene.broker.ca) as other:
+        async with verifying(kind, scene.settings, trust=[scene.broker.target, other.target]) as verifier:
+            await verifier.wait_ready()
+            answered, silent = (scene.broker, other) if scene.broker.key_set_calls else (other, scene.broker)
+            silent.generation = answered.generation = 5
+            match fault:
+                case "down":
+                    answered.down()
+                case "unavailable":
+                    answered.trust_faults.unavailable()
+                case "hang":
+                    answered.trust_faults.hang()
+                case "lags":
+                    answered.generation = 0
+                case _:
+                    answered.key_set_text = '{"keys":[]}'
+            silent.rotate()
+            await verifier.verify(
+                silent.mint(thumbprint=scene.orders.thumbprint), peer_certificate=scene.orders.certificate
+            )
+            assert 1 == len(silent.key_set_calls)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["no keys", "not JSON", "no time", "another issuer", "an older generation"])
+async def test_a_set_that_breaks_the_rules_never_replaces_a_good_one(kind: str, fault: str, scene: Scene):
+    """J08, K10: the set at hand stays, and what the bad one would have told is "cannot tell"."""
+    scene.broker.generation = 7
+    good = scene.token()
+    async with verifying(kind, scene.settings) as verifier:
+        await verifier.wait_ready()
+        scene.broker.rotate(keep_old=False)
+        new = scene.token()
+        match fault:
+            case "no keys":
+                scene.broker.key_set_text = '{"keys":[]}'
+            case "not JSON":
+                scene.broker.key_set_text = "<html>"
+            case "no time":
+                scene.broker.max_age = timedelta()
+            case "another issuer":
+                scene.broker.issuer = "https://tokens.staging.example"
+            case _:
+                scene.broker.generation = 6
+        with pytest.raises(KeySetUnavailableError):
+            await verifier.verify(new, peer_certificate=scene.orders.certificate)
+        await verifier.verify(good, peer_certificate=scene.orders.certificate)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_set_that_is_too_old_decides_nothing_until_a_broker_answers_again(kind: str, scene: Scene):
+    """Over `max_staleness` it is "cannot tell", with the age in the message; it recovers with no restart."""
+    token = scene.token()
+    async with verifying(kind, scene.settings, max_staleness=timedelta(seconds=1)) as verifier:
+        await verifier.verify(token, peer_certificate=scene.orders.certificate)
+        scene.broker.down()
+        await asyncio.sleep(1.1)
+        assert not verifier.ready()
+        with pytest.raises(KeySetUnavailableError, match="over the limit of 1 s"):
+            await verifier.verify(token, peer_certificate=scene.orders.certificate)
+        scene.broker.up()
+        await verifier.wait_ready()
+        await verifier.verify(token, peer_certificate=scene.orders.certificate)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_verifier_that_accepts_stale_keys_goes_on(kind: str, scene: Scene):
+    """`on_stale="accept"` is a choice: the same outage, and the token is still good."""
+    token = scene.token()
+    async with verifying(kind, scene.settings, max_staleness=SHORT, on_stale="accept") as verifier:
+        await verifier.verify(token, peer_certificate=scene.orders.certificate)
+        scene.broker.down()
+        await asyncio.sleep(2 * SHORT.total_seconds())
+        await verifier.verify(token, peer_certificate=scene.orders.certificate)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_age_that_the_broker_states_counts(kind: str, scene: Scene):
+    """A broker that has not read Vault for ten minutes gives a set that decides nothing, and the callers hear it."""
+    scene.broker.age = timedelta(minutes=10)
+    async with verifying(kind, scene.settings) as verifier:
+        with pytest.raises(KeySetUnavailableError, match="over the limit of 300 s"):
+            await verifier.verify(scene.token(), peer_certificate=scene.orders.certificate)
+        assert verifier.staleness() > timedelta(minutes=10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_verifier_without_a_broker_is_not_ready_and_says_what_each_server_did(
+    kind: str, caplog: pytest.LogCaptureFixture, scene: Scene
+):
+    """Not ready is raised, not returned; the log names the server."""
+    scene.broker.down()
+    async with verifying(kind, scene.settings) as verifier:
+        assert not verifier.ready()
+        with pytest.raises(KeySetUnavailableError, match="no key set of https://"):
+            await verifier.wait_ready(SHORT)
+    assert f"no trust server gave a key set ({scene.broker.target}: UNAVAILABLE" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_server_with_another_name_or_authority_is_not_asked(kind: str, tmp_path: Path, scene: Scene):
+    """T25: neither a workload that poses as the broker nor a broker of another authority gives keys."""
+    (tmp_path / "other.pem").write_bytes(CertificateAuthority.create("prod.example").root_pem)
+    for wrong in ({"broker_name": "payments.shop.svc.prod.example"}, {"ca_file": tmp_path / "other.pem"}):
+        async with verifying(kind, scene.settings, **wrong) as verifier:
+            with pytest.raises(KeySetUnavailableError):
+                await verifier.wait_ready(SHORT)
+    assert [] == scene.broker.key_set_calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_own_certificate_that_ended_is_named(kind: str, caplog: pytest.LogCaptureFixture, scene: Scene):
+    """gRPC says only that the connection was closed; the likeliest reason is said beside it."""
+    ended = datetime.now(UTC) - timedelta(seconds=10)
+    issued = scene.broker.ca.issue(PAYMENTS, not_before=ended - timedelta(hours=1), not_after=ended)
+    identity = Identity.parse(issued.certificate_pem, issued.private_key_pem)
+    async with verifying(kind, scene.settings, identity=identity) as verifier:
+        with pytest.raises(KeySetUnavailableError):
+            await verifier.wait_ready(timedelta(seconds=1))
+    assert "the own certificate ended at" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_closed_verifier_cannot_tell(kind: str, scene: Scene):
+    """After `close` nothing is fetched, nothing is decided, and closing again does nothing."""
+    token = scene.token()
+    async with verifying(kind, scene.settings) as verifier:
+        await verifier.verify(token, peer_certificate=scene.orders.certificate)
+        await verifier.close()
+        with pytest.raises(KeySetUnavailableError, match="closed"):
+            await verifier.verify(token, peer_certificate=scene.orders.certificate)
+        with pytest.raises(KeySetUnavailableError, match="closed"):
+            await verifier.wait_ready(SHORT)
+        assert not verifier.ready()
+
+
+async def test_a_verifier_is_open_inside_its_context_and_closed_after_it(scene: Scene):
+    """Entering starts to fetch, leaving closes; one that never started closes too."""
+    with Verifier(**scene.settings) as verifier:
+        await asyncio.to_thread(verifier.wait_ready)
+    assert not verifier.ready()
+    async with AsyncVerifier(**scene.settings) as async_verifier:
+        await async_verifier.wait_ready()
+    assert not async_verifier.ready()
+    Verifier(**scene.settings).close()
+    await AsyncVerifier(**scene.settings).close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_closing_ends_those_who_wait(kind: str, scene: Scene):
+    """A call that waits for a broker that hangs hears at once that the verifier was closed."""
+    scene.broker.trust_faults.hang()
+    token = scene.token()
+    async with verifying(kind, scene.settings, fetch_timeout=timedelta(seconds=20)) as verifier:
+        waiting = asyncio.create_task(verifier.verify(token, peer_certificate=scene.orders.certificate))
+        await until(lambda: bool(scene.broker.key_set_calls))
+        started = time.monotonic()
+        await verifier.close()
+        with pytest.raises(KeySetUnavailableError, match="closed"):
+            await waiting
+        assert time.monotonic() - started < 5
+
+
+class _Faulty:
+    """A source of somebody else's making, that fails in a way that no port allows."""
+
+    calls = 0
+
+    def fetch(self, missing_kid: str | None, *, at_least: int) -> KeySetSnapshot:
+        self.calls += 1
+        raise ZeroDivisionError
+
+    def close(self) -> None:
+        pass
+
+
+class _AsyncFaulty(_Faulty):
+    async def fetch(self, missing_kid: str | None, *, at_least: int) -> KeySetSnapshot:
+        return super().fetch(missing_kid, at_least=at_least)
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_source_that_breaks_the_rules_does_not_end_the_fetching(kind: str):
+    """Whatever a source raises is a failed fetch; the next one is made when it is due."""
+    source = _Faulty() if kind == "sync" else _AsyncFaulty()
+    settings = {"audience": "payments", "issuer": ISSUER, "source": lambda: source}
+    async with verifying(kind, settings) as verifier:
+        verifier.ready()
+        await until(lambda: source.calls == 2)
+
+
+def test_a_verifier_that_is_dropped_ends_its_thread(scene: Scene):
+    """No thread and no connection is left behind by a verifier that nobody closed."""
+    verifier = Verifier(**scene.settings)
+    verifier.start()
+    thread = verifier._poller._thread
+    del verifier
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+async def test_an_async_verifier_belongs_to_one_event_loop(scene: Scene):
+    """In another loop it says so; once its loop is closed the next one may have it."""
+    verifier = AsyncVerifier(**scene.settings)
+    assert not await asyncio.to_thread(lambda: asyncio.run(_ready(verifier)))
+    await verifier.wait_ready()
+    with pytest.raises(RuntimeError, match="one event loop"):
+        await asyncio.to_thread(lambda: asyncio.run(_ready(verifier)))
+    await verifier.close()
+
+
+async def _ready(verifier: AsyncVerifier) -> bool:
+    return verifier.ready()
+
+
+_FORK = """
+import os, sys, threading
+from pathlib import Path
+from carnet.trust import Verifier
+
+token, leaf = sys.argv[1], Path(sys.argv[2]).read_bytes()
+verifier = Verifier()
+if sys.argv[3] == "after":
+    verifier.verify(token, peer_certificate=leaf)
+child = os.fork()
+if child == 0:
+    verifier.verify(token, peer_certificate=leaf)
+    assert [thread.name for thread in threading.enumerate()].count("carnet-key-set") == 1
+    sys.exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+verifier.verify(token, peer_certificate=leaf)
+verifier.close()
+"""
+
+
+@pytest.mark.parametrize("first_use", ["before", "after"])
+def test_a_child_process_has_a_thread_of_its_own(first_use: str, tmp_path: Path, scene: Scene):
+    """gunicorn: a verifier that was made, or even used, before the fork verifies in parent and child; both end."""
+    (tmp_path / "leaf.pem").write_bytes(scene.orders.certificate_chain_pem)
+    (tmp_path / "own.pem").write_bytes(scene.payments.certificate_chain_pem)
+    (tmp_path / "own-key.pem").write_bytes(scene.payments.private_key_pem)
+    environment = {
+        "CARNET_AUDIENCE": "payments",
+        "CARNET_ISSUER": ISSUER,
+        "CARNET_TRUST": scene.broker.target,
+        "CARNET_CA_FILE": str(scene.settings["ca_file"]),
+        "CARNET_CERT_FILE": str(tmp_path / "own.pem"),
+        "CARNET_KEY_FILE": str(tmp_path / "own-key.pem"),
+        "PYTHONPATH": ":".join(sys.path),
+    }
+    token = scene.token()
+    run = subprocess.run(
+        [sys.executable, "-c", _FORK, token, str(tmp_path / "leaf.pem"), first_use],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (0, "") == (run.returncode, run.stderr)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("audience", "CARNET_AUDIENCE is not set: give audience=..."),
+        ("issuer", "CARNET_ISSUER is not set: give issuer=..."),
+        ("trust", "CARNET_TRUST is not set: give trust=..."),
+        ("identity", "CARNET_CERT_FILE is not set"),
+        ("ca_file", "CARNET_CA_FILE is not set: give ca_file=..."),
+    ],
+)
+def test_what_is_missing_is_named_when_the_verifier_is_made(
+    missing: str, message: str, monkeypatch: pytest.MonkeyPatch, scene: Scene
+):
+    """A service that cannot verify does not start, and says which variable to set."""
+    for name in ("AUDIENCE", "ISSUER", "TRUST", "CERT_FILE", "KEY_FILE", "CA_FILE", "BROKER_NAME"):
+        monkeypatch.delenv(f"CARNET_{name}", raising=False)
+    del scene.settings[missing]
+    for make in (Verifier, AsyncVerifier):
+        with pytest.raises(ConfigError) as refused:
+            make(**scene.settings)
+        assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"binding": "maybe"}, "binding is 'maybe': give 'certificate' or 'none'"),
+        ({"on_stale": "shrug"}, "on_stale is 'shrug': give 'refuse' or 'accept'"),
+        ({"fetch_timeout": timedelta()}, "fetch_timeout must be longer than nothing"),
+        ({"max_staleness": timedelta()}, "max_staleness must be longer than nothing"),
+        ({"trust": "nowhere"}, "has no port"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(wrong: dict[str, Any], message: str, scene: Scene):
+    """Neither a misspelt binding nor an endless staleness goes unseen."""
+    with pytest.raises(ConfigError) as refused:
+        Verifier(**scene.settings | wrong)
+    assert message in str(refused.value)
