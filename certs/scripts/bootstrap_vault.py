@@ -27,11 +27,12 @@ import click
 import hvac
 import requests
 import yaml
+from cryptography import x509
+from hvac.exceptions import Forbidden, InvalidRequest, VaultDown, VaultError
+
 from carnet.spiffe import SpiffeID
 from carnet.testing.ca import write_file
 from command_line import Duration, one_line_errors
-from cryptography import x509
-from hvac.exceptions import Forbidden, InvalidRequest, VaultDown, VaultError
 from vault_access import Credentials, ensure_access, ensure_credentials
 from vault_layout import Mounts, Workload
 from vault_pki import ensure_pki, issue_certificate, revoke_certificate, root_pem

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import click
+
 from carnet.durations import parse_duration
 from carnet.errors import CarnetError
 

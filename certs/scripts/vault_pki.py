@@ -10,11 +10,12 @@ from datetime import timedelta
 from typing import Final
 
 import hvac
-from carnet.testing.ca import IssuedCertificate, certificate_pem
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
+
+from carnet.testing.ca import IssuedCertificate, certificate_pem
 from vault_layout import Mounts, Workload
 from vault_state import BootstrapError, Outcome, Vault
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import hvac
 import requests
+
 from carnet.errors import ConfigError
 
 __all__ = ["BootstrapError", "Item", "Outcome", "Report", "Vault"]
