@@ -27,7 +27,9 @@ path "auth/token/revoke-self" { capabilities = ["update"] }
 
 _BROKER: Final = """
 # The keyring: check-and-set is required by the metadata, which the broker cannot change.
-path "{kv}/data/{env}/keyring" {{ capabilities = ["create", "read", "update"] }}
+# Its metadata tell a keyring that was never written from one that was wiped.
+path "{kv}/data/{env}/keyring"     {{ capabilities = ["create", "read", "update"] }}
+path "{kv}/metadata/{env}/keyring" {{ capabilities = ["read"] }}
 
 # Private keys: written once, and destroyed with all their versions.
 path "{kv}/data/{env}/keys/+"     {{ capabilities = ["create", "read"] }}
