@@ -1,0 +1,129 @@
+"""The part of KV version 2 that Carnet uses, read strictly: entries with versions, check-and-set, lists.
+
+KV has two paths for one entry: ``data/`` is its content by version, ``metadata/`` the entry as such. Deleting a
+version leaves the entry, and its number is never used again; deleting the metadata leaves nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from carnet_broker.edges.vault.failures import CONFLICT, has_phrase
+from carnet_broker.edges.vault.session import Reply, VaultSession
+from carnet_broker.ports import DocumentConflictError
+
+__all__ = ["KvEntry", "KvMount"]
+
+_MAX_BYTES: Final = 1024 * 1024
+_MAX_LIST_BYTES: Final = 8 * 1024 * 1024
+"""Some 200,000 names."""
+_TIME: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
+
+
+@dataclass(frozen=True, slots=True)
+class KvEntry:
+    """The newest version of an entry."""
+
+    version: int
+    created_at: datetime
+    """When this version was written, by Vault's clock; aware UTC."""
+    data: dict[str, Any] | None = field(repr=False)
+    """The content; None where this version was deleted or destroyed."""
+
+
+class KvMount:
+    """The entries of one environment. Thread-safe."""
+
+    def __init__(self, session: VaultSession) -> None:
+        self._session = session
+        self._mount = session.settings.kv_mount
+        self._environment = session.settings.environment
+
+    def read(self, name: str, what: str, *, max_bytes: int = _MAX_BYTES) -> KvEntry | None:
+        """Return the newest version of ``ENVIRONMENT/name``, None where there is no such entry. Raises as `call`.
+
+        An entry that has metadata and no version yet counts as none.
+        """
+        operation = f"read {what}"
+        reply = self._session.call(operation, "GET", self._path("data", name), accept=(404,), max_bytes=max_bytes)
+        data = reply.body.get("data")
+        if reply.status == 404 and data is None:  # noqa: PLR2004
+            return None
+        metadata = data.get("metadata") if isinstance(data, dict) else None
+        content = data.get("data") if isinstance(data, dict) else None
+        version = metadata.get("version") if isinstance(metadata, dict) else None
+        created_at = parse_time(metadata.get("created_time")) if isinstance(metadata, dict) else None
+        readable = content is None if reply.status == 404 else isinstance(content, dict)  # noqa: PLR2004
+        if type(version) is not int or version < 1 or created_at is None or not readable:
+            self._session.senseless(operation, "it is no version of a KV entry")
+        return KvEntry(version, created_at, content)
+
+    def is_prepared(self, name: str, what: str) -> bool:
+        """Say whether the entry has metadata that require check-and-set, and no version yet. Raises as `call`."""
+        operation = f"read the metadata of {what}"
+        reply = self._session.call(operation, "GET", self._path("metadata", name), accept=(404,))
+        data = reply.body.get("data")
+        if reply.status == 404:  # noqa: PLR2004
+            return False
+        if not isinstance(data, dict) or type(data.get("current_version")) is not int:
+            self._session.senseless(operation, "it is no metadata of a KV entry")
+        return data.get("cas_required") is True and data["current_version"] == 0
+
+    def write(self, name: str, what: str, data: dict[str, Any], *, expected_version: int) -> int:
+        """Write the next version if the newest is `expected_version` (0: there is none), and return its number.
+
+        Raises `DocumentConflictError` if it is not, or as `call`.
+        """
+        operation = f"write {what}"
+        body = {"data": data, "options": {"cas": expected_version}}
+        reply = self._session.call(operation, "POST", self._path("data", name), body, accept=(400,))
+        if reply.status == 400:  # noqa: PLR2004
+            if has_phrase(reply.body, CONFLICT):
+                msg = f"{what} is no longer version {expected_version}: somebody else wrote it first"
+                raise DocumentConflictError(msg)
+            self._session.refused(operation, self._path("data", name), reply)
+        written = reply.body.get("data")
+        version = written.get("version") if isinstance(written, dict) else None
+        if type(version) is not int or version != expected_version + 1:
+            self._session.senseless(operation, "it does not name the next version")
+        return version
+
+    def destroy(self, name: str, what: str) -> None:
+        """Delete the entry with all its versions for good. One that is not there is fine. Raises as `call`."""
+        self._session.call(f"destroy {what}", "DELETE", self._path("metadata", name), accept=(404,))
+
+    def names(self, folder: str, what: str) -> list[str]:
+        """Return the names of the entries and folders (with ``/`` at the end) in `folder`. Raises as `call`."""
+        operation = f"list {what}"
+        path = self._path("metadata", folder)
+        reply = self._session.call(operation, "LIST", path, accept=(404,), max_bytes=_MAX_LIST_BYTES)
+        return self._names_of(operation, reply)
+
+    def _names_of(self, operation: str, reply: Reply) -> list[str]:
+        if reply.status == 404:  # noqa: PLR2004
+            return []
+        data = reply.body.get("data")
+        names = data.get("keys") if isinstance(data, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            self._session.senseless(operation, "it is no list of names")
+        return names
+
+    def _path(self, kind: str, name: str) -> str:
+        return f"{self._mount}/{kind}/{self._environment}/{name}"
+
+
+def parse_time(text: object) -> datetime | None:
+    """Return an RFC 3339 time as aware UTC, None if it is not one. Vault writes nanoseconds, which Python cannot."""
+    found = _TIME.fullmatch(text) if isinstance(text, str) else None
+    if found is None:
+        return None
+    seconds, fraction, zone = found.groups()
+    try:
+        at = datetime.fromisoformat(f"{seconds}{(fraction or '.0')[:7]}{zone}")
+    except ValueError:
+        return None
+    offset = at.utcoffset()
+    return at if offset == timedelta(0) else None
