@@ -43,7 +43,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from carnet.errors import BrokerUnavailableError, ConfigError, RequestDeniedError, TokenError
 from carnet.token import Token
@@ -69,9 +69,8 @@ _LONGEST_RETRY_AFTER: Final = 300.0
 """A broker that asks for more silence than this is wrong, or not the broker."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenKey:
-    """What makes two requests the same. Made by `TokenKey.of`."""
+class TokenKey(NamedTuple):
+    """What makes two requests the same. Made by `TokenKey.of`. A tuple, because one is made for every call."""
 
     thumbprint: str
     audience: str
@@ -81,7 +80,7 @@ class TokenKey:
     @classmethod
     def of(cls, thumbprint: str, audience: str, scopes: Iterable[str], ttl: timedelta | None) -> TokenKey:
         """Return the key; neither the order of `scopes` nor one named twice makes a difference."""
-        return cls(thumbprint, audience, tuple(sorted(set(scopes))), ttl)
+        return cls(thumbprint, audience, tuple(sorted(set(scopes))) if scopes else (), ttl)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +216,15 @@ class TokenCache:
             return Held(entry.failure, entry.held_until)
         return Fetch()
 
+    def fresh(self, key: TokenKey, *, mono: float, now: datetime) -> Token | None:
+        """Return the token if its state is FRESH, and note that it was asked for: the short way of most calls."""
+        entry = self._entries.get(key)
+        if entry is None or mono >= entry.refresh_at or not entry.is_valid(mono, now):
+            return None
+        entry.used_at = mono
+        self._entries.move_to_end(key)
+        return entry.token
+
     def begin(self, key: TokenKey, *, mono: float) -> bool:
         """Start the one request for `key`, which `succeed` or `fail` ends; False where one is in flight already."""
         entry = self._entries.get(key)
@@ -276,6 +284,10 @@ class TokenCache:
         )
         earliest = min(times, default=None)
         return None if earliest is None else max(earliest, mono)
+
+    def thumbprints(self) -> set[str]:
+        """Return the identities that have an entry."""
+        return {key.thumbprint for key in self._entries}
 
     def copy_idle(self, rng: random.Random) -> TokenCache:
         """Return a cache with the same tokens and nothing in flight: for the child of a fork, or another event loop.

@@ -61,7 +61,9 @@ class CacheModel(RuleBasedStateMachine):
     @rule(key=keys)
     def caller_asks(self, key: TokenKey) -> None:
         """A valid token is always returned; without one, the answer fits what is in flight."""
+        fresh = self.cache.fresh(key, mono=self.mono, now=self.wall)
         answer = self.cache.ask(key, mono=self.mono, now=self.wall)
+        assert fresh is None or (isinstance(answer, Ready) and answer.token is fresh)
         assert self.is_valid(key) == isinstance(answer, Ready)
         match answer:
             case Ready(token, due):

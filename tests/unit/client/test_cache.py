@@ -97,6 +97,31 @@ def test_refresh_is_due_between_50_and_70_percent_of_life(refresh_in: float, poi
     assert [KEY] == cache.due(mono=refresh_at)
 
 
+@pytest.mark.parametrize(("seconds", "is_fresh"), [(0, True), (69.9, True), (70, False), (100, False)])
+def test_short_way_gives_fresh_tokens_only(seconds: float, is_fresh: bool) -> None:
+    """`fresh` answers until the refresh is due; from then on `ask` says what is to be done."""
+    answer = issued()
+    expected = answer.token if is_fresh else None
+    assert expected is holding(answer).fresh(KEY, **at(seconds))
+
+
+def test_short_way_checks_the_wall_clock() -> None:
+    """A token that is over by the wall clock alone is not fresh."""
+    assert holding(issued()).fresh(KEY, mono=1, now=NOW + timedelta(seconds=100)) is None
+
+
+def test_short_way_knows_no_token_that_is_not_there() -> None:
+    """Without an entry there is nothing to give."""
+    assert cache_of().fresh(KEY, **at(0)) is None
+
+
+def test_short_way_counts_as_use() -> None:
+    """What was taken the short way is not idle."""
+    cache = holding(issued())
+    assert cache.fresh(KEY, **at(60)) is not None
+    assert [KEY] == cache.due(mono=140)
+
+
 def test_stale_token_is_ready_and_due() -> None:
     """In the refresh window the token is given out without waiting, and the caller is told that a refresh is due."""
     answer = issued()
@@ -339,6 +364,13 @@ def test_request_in_flight_is_never_evicted() -> None:
     assert not cache.begin(OTHER, mono=0)
     cache.fail(KEY, DOWN, **at(1))
     assert cache.begin(OTHER, mono=1)
+
+
+def test_identities_with_entries_are_known() -> None:
+    """The keys say which identities are still needed."""
+    cache = holding(issued())
+    cache.begin(TokenKey.of("renewed", "payments", (), None), mono=0)
+    assert {"thumb", "renewed"} == cache.thumbprints()
 
 
 def test_copy_for_a_child_has_the_tokens_and_nothing_in_flight() -> None:
