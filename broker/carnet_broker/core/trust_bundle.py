@@ -96,7 +96,7 @@ class TrustBundle:
     """Newest first."""
 
     @classmethod
-    def parse(cls, ca_pem: bytes, crls_pem: Sequence[bytes] = (), *, trust_domains: Collection[str]) -> TrustBundle:
+    def parse(cls, ca_pem: bytes, crls_pem: Sequence[bytes], trust_domains: Collection[str]) -> TrustBundle:
         """Return the bundle, or raise `ConfigError`, whose text starts with what is wrong: put the file's name before.
 
         `ca_pem`: one or more CA certificates. All are anchors, self-signed or not. `crls_pem`: none, or one or more

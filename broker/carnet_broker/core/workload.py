@@ -7,7 +7,7 @@ Rules (X509-SVID, RFC 5280, and tighter where it costs nobody):
 - The leaf is one: no CA, no right to sign certificates or lists; its key usage is there, critical, and has
   digitalSignature (X509-SVID section 4.3). Basic constraints may be absent: that means no CA (RFC 5280, 4.2.1.9).
 - Its extended key usage is there and has server and client authentication (section 4.4 says so of those that have it).
-- It lasts at most `LeafRules.max_leaf_life`: a certificate that outlives the memory of who has it is not an identity.
+- It lasts at most `LeafRules.max_life`: a certificate that outlives the memory of who has it is not an identity.
 - Now is inside its window, and inside that of each certificate up to an anchor of the *current* bundle; none is
   revoked, and the revocation lists are not out of date. `notAfter` itself is over, as with a token and in OpenSSL.
 
@@ -52,7 +52,7 @@ _PURPOSES: Final = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageO
 class LeafRules:
     """What an operator may set about leafs."""
 
-    max_leaf_life: timedelta = timedelta(days=90)
+    max_life: timedelta = timedelta(days=90)
     """From notBefore to notAfter. Longer ones are refused."""
 
 
@@ -186,9 +186,9 @@ def _check_leaf(leaf: ParsedCertificate, rules: LeafRules, now: datetime) -> Non
         (now < leaf.not_before, IdentityReason.NOT_YET_VALID, f"valid from {leaf.not_before}"),
         (now >= leaf.not_after, IdentityReason.EXPIRED, f"valid until {leaf.not_after}"),
         (
-            life > rules.max_leaf_life,
+            life > rules.max_life,
             IdentityReason.LIFE_TOO_LONG,
-            f"valid for {life}, more than {rules.max_leaf_life}",
+            f"valid for {life}, more than {rules.max_life}",
         ),
         (leaf.is_ca or signs, IdentityReason.NOT_A_LEAF, "a CA, or with the right to sign certificates or lists"),
         (unusable, IdentityReason.KEY_USAGE, "no critical key usage with digitalSignature"),
