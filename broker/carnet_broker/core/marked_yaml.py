@@ -177,7 +177,8 @@ def read_yaml(text: str | bytes, name: str, *, max_bytes: int = _MAX_BYTES) -> M
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         wrong = ": ".join(filter(None, (error.context, error.problem)))
-        line = mark.line + 1 if mark else 1
+        # What is missing at the end is marked one line behind it.
+        line = min(mark.line + 1, len(decoded.splitlines())) if mark else 1
         reader.problems.append(Problem(line, "", f"this is not YAML: {wrong}; correct it here or just above"))
     except ReaderError as error:
         line = raw.count(b"\n", 0, error.position) + 1
@@ -230,8 +231,17 @@ def validate(model: type[_Model], document: MarkedDocument) -> _Model:
     try:
         return model.model_validate_json(json.dumps(document.data), strict=True)
     except pydantic.ValidationError as error:
-        problems = [_problem(model, document, detail) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        problems = [_problem(model, document, detail) for detail in details if not _follows(detail, details)]
         raise DocumentError(document.name, problems) from None  # Its text would repeat the values of the file.
+
+
+def _follows(detail: ErrorDetails, details: list[ErrorDetails]) -> bool:
+    """Say whether `detail` only counts what another one took away: pydantic calls a list of wrong items empty."""
+    place = detail["loc"]
+    return detail["type"] == "too_short" and any(
+        len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in details
+    )
 
 
 def _problem(model: type[pydantic.BaseModel], document: MarkedDocument, detail: ErrorDetails) -> Problem:
@@ -306,7 +316,7 @@ class _Reader:
         self._next()  # The start of the stream says nothing.
         start = self._next()
         if isinstance(start, yaml.StreamEndEvent):
-            self._complain(start, _EMPTY)
+            self.problems.append(Problem(1, "", _EMPTY))
             return None, None
         if start.version or start.tags:
             self._complain(start, "directives (%) are not read; remove them")

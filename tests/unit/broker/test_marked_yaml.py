@@ -329,6 +329,10 @@ def test_an_unknown_key_is_refused_with_the_closest_known_one(line: str, expecte
             "main: {port: 1, from: []}",
             "main.from: this must not be empty; name at least one, or leave the key out if it is optional",
         ),
+        (
+            "main: {port: 1, from: [5]}",
+            "main.from[0]: this must be text (in quotes where it looks like a number); correct it",
+        ),
         ("listeners: {}", "listeners: this must be a list; correct it"),
         ("on_stale: maybe", "on_stale: this must be 'refuse' or 'accept'; correct it"),
         ("debug: 'yes'", "debug: this must be true or false; correct it"),
