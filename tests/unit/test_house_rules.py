@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from carnet_broker.telemetry import Telemetry
+
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = ROOT / "client/carnet/v1"
 SOURCE_FOLDERS = ("client", "broker", "certs")
@@ -161,3 +163,10 @@ def test_make_help_lists_every_target(target: str) -> None:
     """`make` alone says what there is to run."""
     shown = run("make", "--no-print-directory")
     assert re.search(rf"^  make {target} +\S", shown.stdout, re.MULTILINE)
+
+
+def test_every_metric_is_documented() -> None:
+    """docs/operations.md says of each metric what it means."""
+    document = (ROOT / "docs/operations.md").read_text()
+    metrics = [metric.name + "_total" * (metric.type == "counter") for metric in Telemetry().registry.collect()]
+    assert [] == [metric for metric in metrics if f"`{metric}" not in document]
