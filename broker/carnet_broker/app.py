@@ -39,6 +39,7 @@ from carnet_broker.edges.http.plain import plain_app
 from carnet_broker.edges.ledger.json_lines import JsonLinesAudit
 from carnet_broker.edges.vault import (
     KvKeyStore,
+    SecretFile,
     TransitKeyStore,
     VaultKeyringDocument,
     VaultRotationRequests,
@@ -88,7 +89,12 @@ def load_tls(config: BrokerConfig, trust_domains: Sequence[str]) -> TlsMaterial:
     identity = Identity.load(tls.certificate_file, tls.key_file)
     ca_pem = _read(tls.client_ca_file, "tls.client_ca_file")
     crls = [_read(file, "tls.crl_files") for file in tls.crl_files]
-    bundle = TrustBundle.parse(ca_pem, crls, trust_domains)
+    try:
+        bundle = TrustBundle.parse(ca_pem, crls, trust_domains)
+    except ConfigError as error:
+        files = ", ".join(str(file) for file in (tls.client_ca_file, *tls.crl_files))
+        msg = f"{files}: {error}"
+        raise ConfigError(msg) from error
     pems = TlsPems(identity.private_key_pem, identity.certificate_chain_pem, ca_pem)
     return TlsMaterial(identity, pems, bundle)
 
@@ -121,10 +127,10 @@ def vault_session(config: BrokerConfig) -> VaultSession:
             environment=vault.environment,
             kv_mount=vault.kv_mount,
             transit_mount=vault.transit_mount,
-            transit_key=vault.transit_key or f"carnet-{vault.environment}",
+            transit_key=vault.transit_key or "",
             approle_mount=vault.approle_mount,
-            role_id=lambda: _read(vault.role_id_file, "vault.role_id_file").decode().strip(),
-            secret_id=lambda: _read(vault.secret_id_file, "vault.secret_id_file").decode().strip(),
+            role_id=SecretFile(vault.role_id_file),
+            secret_id=SecretFile(vault.secret_id_file),
             timeout=vault.timeout,
         )
     )
@@ -199,13 +205,13 @@ class Broker:
             ),
             policy=lambda: self._policy.value,
             keys=self._holder,
-            admission=Admission(per_second=limits.tokens_per_second, burst=limits.token_burst),
+            admission=Admission(rate=limits.tokens_per_second, burst=limits.token_burst),
             audit=self._audit,
             commit=GroupCommit(self._audit.issue, self._audit_thread, deadline=_AUDIT_DEADLINE),
             sign=self._sign_in_vault if remote else _sign_here,
             check_every=1 if remote else CHECK_EVERY,
         )
-        self._key_set_admission = Admission(per_second=limits.key_sets_per_second, burst=2 * limits.key_sets_per_second)
+        self._key_set_admission = Admission(rate=limits.key_sets_per_second, burst=2 * limits.key_sets_per_second)
         self._stop = asyncio.Event()
         self.addresses: dict[str, str] = {}
         """Where it listens, by listener, once `serve` has bound it."""
@@ -326,10 +332,12 @@ class Broker:
 
     def _authenticate(self, auth_context: AuthContext) -> Workload:
         """Return the workload behind a connection; judged anew at each call."""
+        # On the server's side the chain is what was sent above the leaf, without it.
+        sent = (*auth_context.get("x509_pem_cert", ()), *auth_context.get("x509_pem_cert_chain", ()))
+        versions = auth_context.get("ssl_tls_version", ())
         return self._identities.authenticate(
-            auth_context.get("x509_pem_cert", ()),
-            auth_context.get("x509_pem_cert_chain", ()),
-            tls_version=auth_context.get("ssl_tls_version", ()),
+            sent,
+            tls_version=versions[0].decode("ascii", "replace") if versions else None,
             bundle=self._tls.value.bundle,
             now=self._clock.now(),
         )

@@ -46,6 +46,12 @@ class RefusalReason(StrEnum):
     AUDIT_UNAVAILABLE = "AUDIT_UNAVAILABLE"
 
 
+_DENIALS: Final = {
+    RefusalReason.NOT_GRANTED: "the policy gives this workload no grant for this audience",
+    RefusalReason.SCOPE_NOT_GRANTED: "a scope that was asked for is outside of what the policy grants",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """The answer that carries no token."""
@@ -167,8 +173,8 @@ class Issuer:
             return self._refused(workload, "", (), error.refusal, now, policy)
         decision = policy.decide(workload.spiffe_id, request.audience, request.scopes)
         if isinstance(decision, Denial):
-            message = "the policy gives this workload no such grant"
-            refusal = Refusal(RefusalReason(decision.reason), message)
+            reason = RefusalReason(decision.reason)
+            refusal = Refusal(reason, _DENIALS[reason])
             return self._refused(workload, request.audience, request.scopes, refusal, now, policy)
         try:
             return draft_token(

@@ -97,7 +97,7 @@ class Telemetry:
         if isinstance(error, UnauthenticatedError):
             self.unauthenticated.labels(str(error.reason)).inc()
             self.calls.labels(method, "UNAUTHENTICATED").inc()
-            self.log.warning("unauthenticated", method=method, reason=str(error.reason), cause=str(error))
+            self.log.warning("unauthenticated", method=method, reason=str(error.reason), cause=error.detail)
             return
         reason = str(error.refusal.reason) if isinstance(error, RefusedError) else error.code
         self.calls.labels(method, reason).inc()

@@ -41,6 +41,11 @@ class Watched(Generic[Value]):
         """The value in force."""
         return self._value
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the newest files are in force."""
+        return self._failed is None
+
     def refresh(self, *, force: bool = False) -> None:
         """Load again where a file has changed (or `force`), and on failure at each call until it is good again.
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
 from time import perf_counter
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 import grpc
 from carnet.errors import CarnetError
@@ -26,8 +26,8 @@ from carnet_broker.edges.grpc.status import SlowRequestError, status_of_error
 __all__ = ["AuthContext", "AuthenticatedCalls", "CallEvents", "caller"]
 
 AuthContext = Mapping[str, Sequence[bytes]]
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = grpc.RpcMethodHandler[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # Quoted: only the stubs know its parameters.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 _CALLER: Final[ContextVar[Workload]] = ContextVar("carnet_broker_caller")
 

@@ -1,0 +1,49 @@
+"""``carnet-broker``: the command line of the broker.
+
+Commands import what they need when they run, so that ``--help`` and shell completion answer at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Final
+
+import click
+
+__all__ = ["main"]
+
+_COMMANDS: Final = {
+    "serve": "carnet_broker.cli.serve:serve",
+    "check-config": "carnet_broker.cli.serve:check_config",
+    "keys": "carnet_broker.cli.keys:keys",
+    "policy": "carnet_broker.cli.policy:policy",
+    "demo": "carnet_broker.cli.demo:demo",
+}
+
+
+class _Lazy(click.Group):
+    """A group whose commands are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order in which they are met."""
+        del ctx
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command of that name."""
+        del ctx
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name].partition(":")
+        command: Any = getattr(import_module(module), name)
+        assert isinstance(command, click.Command)  # noqa: S101 - the table above names commands
+        return command
+
+
+@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="carnet", prog_name="carnet-broker")
+def main() -> None:
+    """The Carnet broker: issues short-lived tokens to workloads that authenticate by mutual TLS.
+
+    Shell completion: eval "$(_CARNET_BROKER_COMPLETE=bash_source carnet-broker)" (or zsh_source, fish_source).
+    """

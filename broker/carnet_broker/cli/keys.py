@@ -1,0 +1,247 @@
+"""``carnet-broker keys``: what CI and breakglass do to the signing keys, through Vault alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from carnet.durations import format_duration, parse_duration
+from carnet.errors import ConfigError
+
+from carnet_broker.cli.output import cli_errors, json_option, show
+from carnet_broker.core.keyring import Keyring
+from carnet_broker.core.keyring_document import keyring_of_content
+from carnet_broker.core.requests import RequestKind, RequestResult, RequestStatus
+from carnet_broker.edges.vault import RotationClient, SecretFile, SecretValue, VaultSession, VaultSettings
+from carnet_broker.ports import KeyStoreUnavailableError
+
+__all__ = ["keys"]
+
+REFUSED: Final = 3
+NO_ANSWER: Final = 4
+_LOOK_EVERY: Final = 0.25
+
+
+class _Duration(click.ParamType):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        if isinstance(value, timedelta):
+            return value
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _vault_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which Vault, and who we are there."""
+    for option in reversed(
+        (
+            click.option("--vault-addr", envvar="VAULT_ADDR", show_envvar=True, help="URL of Vault or OpenBao."),
+            click.option(
+                "--vault-cacert", type=click.Path(path_type=Path), envvar="VAULT_CACERT", show_envvar=True,
+                help="PEM file of the CAs that vouch for Vault.",
+            ),
+            click.option("--vault-namespace", envvar="VAULT_NAMESPACE", show_envvar=True, help="Vault namespace."),
+            click.option("--role-id", envvar="VAULT_ROLE_ID", show_envvar=True, help="AppRole role id."),
+            click.option(
+                "--secret-id-file", type=click.Path(path_type=Path), envvar="VAULT_SECRET_ID_FILE", show_envvar=True,
+                help="File with the AppRole secret id; or set VAULT_SECRET_ID.",
+            ),
+            click.option(
+                "--env", "environment", envvar="CARNET_ENVIRONMENT", show_envvar=True, default="prod",
+                show_default=True, help="The environment whose keys are meant.",
+            ),
+            click.option("--kv-mount", default="carnet", show_default=True, help="Mount of the KV v2 engine."),
+            click.option("--approle-mount", default="approle", show_default=True, help="Mount of AppRole."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _client(
+    *,
+    vault_addr: str | None,
+    vault_cacert: Path | None,
+    vault_namespace: str | None,
+    role_id: str | None,
+    secret_id_file: Path | None,
+    environment: str,
+    kv_mount: str,
+    approle_mount: str,
+) -> RotationClient:
+    """Return the requester's side of the letter box. Raises `ConfigError` that names the missing variable."""
+    import os
+
+    if not vault_addr:
+        msg = "VAULT_ADDR is not set: set it to the URL of Vault, for instance https://vault.example:8200"
+        raise ConfigError(msg)
+    if not role_id:
+        msg = "VAULT_ROLE_ID is not set: set it to the role id of carnet-ci (or carnet-breakglass)"
+        raise ConfigError(msg)
+    # Not an option: an argument of a command can be read by every process of the machine.
+    secret_id = os.environ.get("VAULT_SECRET_ID")
+    if secret_id_file is None and not secret_id:
+        msg = "VAULT_SECRET_ID_FILE is not set: set it to the file with the AppRole secret id, or set VAULT_SECRET_ID"
+        raise ConfigError(msg)
+    settings = VaultSettings(
+        address=vault_addr,
+        ca_file=vault_cacert,
+        namespace=vault_namespace,
+        environment=environment,
+        kv_mount=kv_mount,
+        approle_mount=approle_mount,
+        role_id=SecretValue("VAULT_ROLE_ID", role_id),
+        secret_id=SecretFile(secret_id_file) if secret_id_file else SecretValue("VAULT_SECRET_ID", secret_id or ""),
+    )
+    return RotationClient(VaultSession(settings))
+
+
+@click.group()
+def keys() -> None:
+    """Rotate the signing keys, and see how they stand.
+
+    Speaks to Vault by AppRole (VAULT_ADDR, VAULT_ROLE_ID, VAULT_SECRET_ID_FILE) and to no broker: the brokers find the
+    request in Vault, and answer there.
+    """
+
+
+@keys.command()
+@click.option("--if-older-than", type=_Duration(), help="Do nothing if the signing key is younger than this.")
+@click.option("--wait", is_flag=True, help="Return when the new key signs, not when the request is accepted.")
+@click.option("--now", is_flag=True, help="Do not wait for verifiers. Needs the carnet-breakglass role.")
+@click.option(
+    "--timeout", type=_Duration(), default="30m", show_default=True, help="How long to wait for the new key with --wait."
+)
+@click.option(
+    "--answer-within", type=_Duration(), default="1m", show_default=True, help="How long to wait for a broker's answer."
+)
+@_vault_options
+@json_option
+@cli_errors
+def rotate(
+    *,
+    if_older_than: timedelta | None,
+    wait: bool,
+    now: bool,
+    timeout: timedelta,
+    answer_within: timedelta,
+    as_json: bool,
+    **vault: Any,
+) -> None:
+    """Ask the brokers for a new signing key.
+
+    Safe to run twice at once: requests that are made while a rotation is under way join it.
+
+    Exit code: 0 done (or accepted, without --wait; or not needed, with --if-older-than), 2 bad input or a role that may
+    not, 3 refused by the brokers, 4 no answer in time: the request stands, and may be carried out later.
+    """
+    client = _client(**vault)
+    try:
+        if if_older_than is not None:
+            age = _active_age(client.keyring())
+            if age is not None and age < if_older_than:
+                text = f"not needed: the signing key is {_about(age)} old"
+                show({"status": "not-needed", "age_seconds": int(age.total_seconds())}, (text,), as_json=as_json)
+                return
+        request_id = client.submit(RequestKind.ROTATE_NOW if now else RequestKind.ROTATE)
+        result = _follow(client, request_id, wait=wait, timeout=timeout, answer_within=answer_within)
+    except KeyStoreUnavailableError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(NO_ANSWER) from None
+    if result is None:
+        msg = f"no broker answered request {request_id} within {format_duration(answer_within)}: is one running?"
+        click.echo(f"error: {msg} The request stands.", err=True)
+        raise SystemExit(NO_ANSWER)
+    answer = {"status": str(result.status), "reason": result.reason, "message": result.message, "request": request_id}
+    show(answer | {"detail": result.detail}, (f"{result.status}: {result.message}",), as_json=as_json)
+    if result.status is RequestStatus.REFUSED:
+        raise SystemExit(REFUSED)
+    if wait and result.status is not RequestStatus.DONE:
+        text = f"error: not done within {format_duration(timeout)}; the request {request_id} stands"
+        click.echo(text, err=True)
+        raise SystemExit(NO_ANSWER)
+
+
+def _follow(
+    client: RotationClient, request_id: str, *, wait: bool, timeout: timedelta, answer_within: timedelta
+) -> RequestResult | None:
+    """Return the newest answer once it is final, or good enough, or time is over. Tells of progress on the way."""
+    started = time.monotonic()
+    told: str | None = None
+    while True:
+        result = client.result(request_id)
+        elapsed = timedelta(seconds=time.monotonic() - started)
+        if result is None:
+            if elapsed > answer_within:
+                return None
+        elif result.status is not RequestStatus.ACCEPTED or not wait or elapsed > timeout:
+            return result
+        elif result.message != told:
+            told = result.message
+            not_before = result.detail.get("not_before")
+            click.echo(f"{result.message}{f' (from {not_before})' if not_before else ''}", err=True)
+        time.sleep(_LOOK_EVERY)
+
+
+@keys.command()
+@_vault_options
+@json_option
+@cli_errors
+def status(*, as_json: bool, **vault: Any) -> None:
+    """Show every signing key: its state, its age, and what comes next.
+
+    Exit code: 0, 2 bad input or a role that may not, 4 Vault cannot be asked.
+    """
+    client = _client(**vault)
+    try:
+        content = client.keyring()
+        keyring = _keyring(content)
+    except KeyStoreUnavailableError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(NO_ANSWER) from None
+    now = datetime.now(UTC)
+    lines = [f"{keyring.issuer}: generation {keyring.generation}, keys in {content['store']}"]
+    for key in keyring.keys:
+        moments = {
+            "created": key.created_at,
+            "active since": key.activated_at,
+            "signs until": key.sign_until if key.retired_at is None and key.ended_at is None else None,
+            "published until": key.keep_until if key.ended_at is None else None,
+            "ended": key.ended_at,
+        }
+        told = ", ".join(f"{name} {_moment(at, now)}" for name, at in moments.items() if at is not None)
+        lines.append(f"  {key.state:<8} {key.kid}  {told}")
+    show(content, lines, as_json=as_json)
+
+
+def _keyring(content: dict[str, Any]) -> Keyring:
+    """Read the document as it names itself: whoever looks at it has no configuration to hold it against."""
+    return keyring_of_content(content, issuer=str(content.get("issuer")), store=str(content.get("store")))
+
+
+def _active_age(content: dict[str, Any]) -> timedelta | None:
+    active = _keyring(content).active
+    if active is None or active.activated_at is None:
+        return None
+    return datetime.now(UTC) - active.activated_at
+
+
+def _moment(at: datetime, now: datetime) -> str:
+    distance = _about(abs(now - at))
+    return f"{at.isoformat(timespec='seconds')} ({f'{distance} ago' if at <= now else f'in {distance}'})"
+
+
+def _about(duration: timedelta) -> str:
+    """Return a duration in its two largest units, for people."""
+    seconds = int(duration.total_seconds())
+    for unit, size, lesser, lesser_size in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if seconds >= size:
+            return f"{seconds // size}{unit} {seconds % size // lesser_size}{lesser}"
+    return f"{seconds}s"

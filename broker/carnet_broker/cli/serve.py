@@ -1,0 +1,64 @@
+"""``carnet-broker serve`` and ``check-config``."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import click
+
+from carnet_broker.cli.output import cli_errors, json_option, show
+from carnet_broker.config import load_config
+
+__all__ = ["check_config", "serve"]
+
+_config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    required=True,
+    envvar="CARNET_BROKER_CONFIG",
+    show_envvar=True,
+    help="The broker's YAML configuration.",
+)
+
+
+@click.command()
+@_config_option
+@cli_errors
+def serve(config_file: Path) -> None:
+    """Run the broker until SIGTERM or SIGINT. SIGHUP reloads the policy and the certificates.
+
+    Exit code: 0 it was told to stop, 2 it cannot start (one line says why).
+    """
+    import uvloop
+
+    from carnet_broker.app import Broker
+    from carnet_broker.telemetry import configure_logging
+
+    # Private keys are in this process's memory: a core file would put them on a disk.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    config = load_config(config_file)
+    configure_logging(level=config.log.level, json=config.log.format == "json")
+
+    async def run() -> None:
+        await Broker(config).serve()
+
+    uvloop.run(run())
+
+
+@click.command("check-config")
+@_config_option
+@json_option
+@cli_errors
+def check_config(config_file: Path, *, as_json: bool) -> None:
+    """Check the configuration and every file that it names, without serving and without asking Vault.
+
+    Exit code: 0 all is well, 2 something is wrong (one line says what).
+    """
+    from carnet_broker.app import check_files
+
+    config = load_config(config_file)
+    check_files(config)
+    result = {"file": str(config_file), "ok": True, "issuer": config.issuer, "key_store": config.keys.store}
+    show(result, (f"{config_file}: ok, issuer {config.issuer}, keys in {config.keys.store}",), as_json=as_json)
