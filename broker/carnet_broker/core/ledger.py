@@ -35,6 +35,8 @@ _MAX_SPIFFE_ID: Final = 2048
 _MAX_SCOPES: Final = 64
 """Scopes that are recorded. A token has no more; a request that has more is refused, and its record has their count."""
 
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+
 _MAX_SCOPE: Final = 128
 """Characters of a scope."""
 
@@ -150,7 +152,7 @@ class DroppedRecord:
 
 
 def _line(kind: str, at: datetime, members: dict[str, Any]) -> bytes:
-    text = json.dumps({"v": _VERSION, "kind": kind, "at": _time(at), **members}, separators=(",", ":"))
+    text = _encode({"v": _VERSION, "kind": kind, "at": _time(at), **members})
     # JSON's ASCII form escapes all that is not ASCII, and all controls (RFC 8259 section 7) but this one.
     return text.replace("\x7f", "\\u007f").encode("ascii") + b"\n"
 
