@@ -79,6 +79,11 @@ class AsyncClient:
         """The certificate and key that tokens are asked for with, unless a call names others."""
         return self._options.identity
 
+    @property
+    def ca_pem(self) -> bytes:
+        """The authorities that the broker is checked by."""
+        return self._options.ca_pem
+
     async def get_token(
         self,
         audience: str,
@@ -90,7 +95,8 @@ class AsyncClient:
     ) -> Token:
         """Return a valid token for `audience`; what `Client.get_token` says holds here too.
 
-        A token that is cached and valid comes without giving up control to the loop.
+        A token that is cached and valid comes without giving up control to the loop. Raises `RuntimeError` where the
+        client is in use in another loop.
         """
         wait = self._options.timeout if timeout is None else timeout
         identity = identity or self._options.identity
@@ -116,8 +122,7 @@ class AsyncClient:
 
     def _engine_here(self) -> _Engine:
         if self._closed:
-            msg = "the client is closed"
-            raise RuntimeError(msg)
+            raise _CLOSED.error()
         engine = self._engine
         if engine is None:
             engine = self._engine = _Engine(self._options, self._options.new_cache())

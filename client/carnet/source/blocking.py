@@ -95,6 +95,11 @@ class Client:
         """The certificate and key that tokens are asked for with, unless a call names others."""
         return self._options.identity
 
+    @property
+    def ca_pem(self) -> bytes:
+        """The authorities that the broker is checked by."""
+        return self._options.ca_pem
+
     def get_token(
         self,
         audience: str,
@@ -113,8 +118,8 @@ class Client:
         No `scopes` asks for all that the grant gives. `ttl` is the life that is wanted; the broker may shorten it.
         `identity` asks as another certificate of this workload.
 
-        Raises `RequestDeniedError` where the broker refused, `BrokerUnavailableError` where none answered in time,
-        `ConfigError` for a request that cannot be granted by anybody, `RuntimeError` after `close`.
+        Raises `RequestDeniedError` where the broker refused, `BrokerUnavailableError` where none answered in time or
+        the client is closed, `ConfigError` for a request that cannot be granted by anybody.
         """
         wait = self._options.timeout if timeout is None else timeout
         identity = identity or self._options.identity
@@ -141,8 +146,7 @@ class Client:
 
     def _engine(self) -> _Engine:
         if self._closed:
-            msg = "the client is closed"
-            raise RuntimeError(msg)
+            raise _CLOSED.error()
         pid = os.getpid()
         engine = self._engines.get(pid)
         if engine is None:

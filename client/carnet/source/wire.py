@@ -157,4 +157,4 @@ def _hint(misses: Sequence[Miss], identity: Identity, broker_name: str, now: dat
         return f": the broker's certificate is not for {broker_name}, check CARNET_BROKER and CARNET_BROKER_NAME"
     if "Socket closed" in texts:
         return ": the broker may not trust your certificate, check CARNET_CERT_FILE and the broker's CA file"
-    return ""
+    return ": check CARNET_BROKER, and that a broker runs there" if texts else ""
