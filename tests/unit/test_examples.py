@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +82,24 @@ def test_policy_of_the_example_is_valid() -> None:
     path = EXAMPLES / "policy.yaml"
     policy = load_policy(path.read_text(), str(path))
     assert load_config(EXAMPLES / "broker.yaml").issuer == policy.issuer
+
+
+def readme_blocks() -> list[str]:
+    """The Python examples of the README."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", readme_blocks())
+def test_examples_of_the_readme_use_names_that_exist(block: str) -> None:
+    """Each example is Python; what it imports is there, and takes the arguments that it is given."""
+    tree = ast.parse(block)
+    imported: dict[str, object] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            imported |= {alias.name: getattr(module, alias.name) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and callable(imported.get(node.func.id)):
+            keywords = {str(keyword.arg): None for keyword in node.keywords}
+            inspect.signature(imported[node.func.id]).bind(*node.args, **keywords)
+    assert imported
