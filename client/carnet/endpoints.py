@@ -50,7 +50,7 @@ class Target:
         if not colon or not _PORT.fullmatch(port) or not 0 < int(port) <= _MAX_PORT:
             raise _wrong(text, "has no port from 1 to 65535")
         try:
-            if host.startswith("[") and host.endswith("]"):
+            if host.startswith("[") and host.endswith("]") and "%" not in host:
                 host = str(IPv6Address(host[1:-1]))
             elif _NUMBERS.fullmatch(host):
                 host = str(IPv4Address(host))
