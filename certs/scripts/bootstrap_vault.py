@@ -32,7 +32,7 @@ from hvac.exceptions import Forbidden, InvalidRequest, VaultDown, VaultError
 
 from carnet.spiffe import SpiffeID
 from carnet.testing.ca import write_file
-from command_line import Duration, one_line_errors
+from command_line import Duration, one_line_errors, parse_trust_domain
 from vault_access import Credentials, ensure_access, ensure_credentials
 from vault_layout import Mounts, Workload
 from vault_pki import ensure_pki, issue_certificate, revoke_certificate, root_pem
@@ -81,7 +81,7 @@ def _check(environment: str, trust_domain: str, workloads: Sequence[Workload]) -
     if not _ENVIRONMENT.fullmatch(environment):
         msg = f"environment {environment!r} is not a name of a-z, 0-9 and '-' (at most 32, '-' only inside)"
         raise BootstrapError(msg)
-    SpiffeID.parse(f"spiffe://{trust_domain}/x")
+    parse_trust_domain(trust_domain)
     roles: dict[str, SpiffeID] = {}
     for workload in workloads:
         if workload.spiffe_id.trust_domain != trust_domain:

@@ -10,9 +10,10 @@ from datetime import timedelta
 import click
 
 from carnet.durations import parse_duration
-from carnet.errors import CarnetError
+from carnet.errors import CarnetError, InvalidIdentityError
+from carnet.spiffe import SpiffeID
 
-__all__ = ["Duration", "one_line_errors"]
+__all__ = ["Duration", "one_line_errors", "parse_trust_domain"]
 
 
 class Duration(click.ParamType[timedelta]):
@@ -38,3 +39,11 @@ def one_line_errors() -> Iterator[None]:
     except (CarnetError, OSError, ValueError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
+
+
+def parse_trust_domain(text: str) -> str:
+    """Return `text` if it is the name of a trust domain, or raise `InvalidIdentityError`."""
+    if SpiffeID.parse(f"spiffe://{text}/x").trust_domain != text:
+        msg = f"{text[:80]!r} is not the name of a trust domain; give the name alone, like prod.example"
+        raise InvalidIdentityError(msg)
+    return text

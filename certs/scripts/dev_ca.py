@@ -32,7 +32,7 @@ from carnet.testing.ca import (
     private_key_pem,
     write_file,
 )
-from command_line import Duration, one_line_errors
+from command_line import Duration, one_line_errors, parse_trust_domain
 
 __all__ = ["load_authority", "main"]
 
@@ -133,7 +133,7 @@ def main() -> None:
 def init(*, directory: Path, trust_domain: str, ttl: timedelta) -> None:
     """Make a root and an intermediate in DIR. An authority that is there is never replaced."""
     with one_line_errors():
-        SpiffeID.parse(f"spiffe://{trust_domain}/x")
+        parse_trust_domain(trust_domain)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         now = datetime.now(UTC)
         if (directory / f"{_INTERMEDIATE}.pem").exists() and not (directory / f"{_ROOT}.pem").exists():

@@ -7,6 +7,7 @@ delete for good). There ``create`` without ``update`` means: write once, never r
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -141,16 +142,31 @@ def ensure_access(vault: Vault, mounts: Mounts, environment: str) -> None:
         vault.ensure(f"approle {name}", f"auth/{mounts.approle}/role/{name}", wanted)
 
 
-def _is_good_for_long(vault: Vault, path: str, secret_id: str, *, life: timedelta, now: datetime) -> bool:
-    """Say whether `secret_id` is known to Vault and has a third of its life left. Looking does not use it."""
-    if not secret_id:
-        return False
-    found = vault.write(f"{path}/secret-id/lookup", secret_id=secret_id)
-    if not found:
-        return False
+def _end_of(vault: Vault, path: str, secret_id: str) -> datetime | None:
+    """Return when Vault stops taking `secret_id`, None where it does not take it now. Looking does not use it."""
+    found = vault.write(f"{path}/secret-id/lookup", secret_id=secret_id) if secret_id else {}
     # Vault writes nanoseconds, which Python cannot read; seconds are enough.
-    end = datetime.fromisoformat(found["expiration_time"][:19] + "+00:00")
-    return end - now > life / 3
+    return datetime.fromisoformat(found["expiration_time"][:19] + "+00:00") if found else None
+
+
+def _held(file: Path) -> str:
+    return file.read_text("utf-8").strip() if file.exists() else ""
+
+
+def _mint(vault: Vault, path: str, file: Path) -> None:
+    """Put a new secret id into `file`.
+
+    It is written beside the file first, then made known to Vault, then moved: wherever a run is cut off, the next one
+    finds the same secret id, and none is left in Vault that nobody holds.
+    """
+    pending = file.with_name(f"{file.name}.pending")
+    secret_id = _held(pending)
+    if not secret_id:
+        secret_id = secrets.token_hex(32)
+        write_file(pending, f"{secret_id}\n".encode(), mode=0o600)
+    if _end_of(vault, path, secret_id) is None:
+        vault.write(f"{path}/custom-secret-id", secret_id=secret_id)
+    pending.replace(file)
 
 
 def ensure_credentials(
@@ -169,18 +185,18 @@ def ensure_credentials(
         made[role] = files
         role_id = (vault.read(f"{path}/role-id") or {})["role_id"]
         _ensure_file(vault, files.role_id_file, role_id)
-        held = files.secret_id_file.read_text("utf-8").strip() if files.secret_id_file.exists() else ""
-        if _is_good_for_long(vault, path, held, life=terms.secret_id_ttl, now=now):
+        held = _held(files.secret_id_file)
+        end = _end_of(vault, path, held)
+        if end is not None and end - now > terms.secret_id_ttl / 3:
             vault.report(str(files.secret_id_file), Outcome.UNCHANGED)
         else:
-            secret_id = vault.write(f"{path}/secret-id")["secret_id"]
-            write_file(files.secret_id_file, f"{secret_id}\n".encode(), mode=0o600)
+            _mint(vault, path, files.secret_id_file)
             vault.report(str(files.secret_id_file), Outcome.CHANGED if held else Outcome.CREATED)
     return made
 
 
 def _ensure_file(vault: Vault, path: Path, text: str) -> None:
-    held = path.read_text("utf-8").strip() if path.exists() else ""
+    held = _held(path)
     if held == text:
         vault.report(str(path), Outcome.UNCHANGED)
         return

@@ -22,10 +22,9 @@ from typing import Final
 import click
 
 from carnet.errors import ConfigError
-from carnet.spiffe import SpiffeID
 from carnet.testing.ca import CertificateAuthority, write_file
 from certificate_recipe import Presented
-from command_line import one_line_errors
+from command_line import one_line_errors, parse_trust_domain
 from wrong_chains import CHAINS
 from wrong_keys import KEYS
 from wrong_kind import Client, Expected, WrongCertificate
@@ -55,7 +54,7 @@ def main(*, directory: Path, trust_domain: str, only: str) -> None:
             msg = f"no kind has a name that starts with {only}; they start with T01 to T15"
             raise ConfigError(msg)
         now = datetime.now(UTC)
-        ca = CertificateAuthority.create(SpiffeID.parse(f"spiffe://{trust_domain}/x").trust_domain, now=now)
+        ca = CertificateAuthority.create(parse_trust_domain(trust_domain), now=now)
         directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / "ca.pem", ca.root_pem)
         for kind in kinds:

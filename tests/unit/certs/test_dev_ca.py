@@ -112,6 +112,7 @@ def test_certificate_does_not_outlive_its_authority(tmp_path: Path) -> None:
             "is the authority of prod.example; use another directory",
         ),
         (["init", "CA", "--trust-domain", "Staging"], "has no valid trust domain"),
+        (["init", "CA", "--trust-domain", "a/b"], "'a/b' is not the name of a trust domain"),
         (["issue", "CA", "spiffe://staging.example/a"], "is not of the trust domain prod.example"),
         (["issue", "CA", "https://prod.example/a"], "does not start with spiffe://"),
         (["issue", "CA", "spiffe://prod.example/a", "--serves"], "has no DNS name"),
