@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from carnet.errors import CarnetError, InvalidKeySetError
 from carnet.jwk import PublicJWK
-from carnet_broker.core.keyring import Keyring, KeyRecord, KeyState
+from carnet_broker.core.keyring import KeyRecord, Keyring, KeyState
 
 __all__ = ["InvalidKeyringError", "keyring_of_content", "keyring_to_content"]
 
@@ -69,7 +69,9 @@ def keyring_of_content(content: dict[str, Any], *, issuer: str, store: str) -> K
     expected = {"form": _FORM, "issuer": issuer, "store": store}
     for name, value in expected.items():
         if content.get(name) != value:
-            msg = f"the keyring document has {name} {content.get(name)!r:.80}, where this broker is set up for {value!r}"
+            msg = (
+                f"the keyring document has {name} {content.get(name)!r:.80}, where this broker is set up for {value!r}"
+            )
             raise InvalidKeyringError(msg)
     if unknown := set(content) - {*expected, "generation", "keys"}:
         msg = f"the keyring document has unknown members {sorted(unknown)!r:.80}: was it written by a newer broker?"

@@ -120,6 +120,4 @@ def check_signature(token: str, draft: Draft, *, key: PublicJWK, now: datetime, 
 
 
 def _expectations(claims: Claims, binding: Binding, rules: MintingRules) -> Expectations:
-    return Expectations(
-        issuer=rules.issuer, audience=claims.audience, binding=binding, max_life=rules.longest_life
-    )
+    return Expectations(issuer=rules.issuer, audience=claims.audience, binding=binding, max_life=rules.longest_life)

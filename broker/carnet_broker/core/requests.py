@@ -117,9 +117,7 @@ def _judge_revocation(request: RotationRequest, keyring: Keyring) -> RequestResu
 def wish_of(requests: Iterable[RotationRequest], keyring: Keyring, *, timing: Timing) -> Wish:
     """Return what the accepted among `requests` want of the keyring."""
     accepted = [
-        request
-        for request in requests
-        if judge(request, keyring, timing=timing).status is RequestStatus.ACCEPTED
+        request for request in requests if judge(request, keyring, timing=timing).status is RequestStatus.ACCEPTED
     ]
     kinds = {request.kind for request in accepted}
     return Wish(

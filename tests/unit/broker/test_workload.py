@@ -3,12 +3,10 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from certificate_recipe import Presented, good_name, leaf
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
-from wrong_certificates import WRONG_CERTIFICATES, Expected, WrongCertificate
 
 from carnet.claims import certificate_thumbprint
 from carnet.testing import CertificateAuthority
@@ -21,6 +19,8 @@ from carnet_broker.core.workload import (
     Workload,
     authenticate,
 )
+from certificate_recipe import Presented, good_name, leaf
+from wrong_certificates import WRONG_CERTIFICATES, Expected, WrongCertificate
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
