@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from carnet.caller import current
     from carnet.claims import Claims
     from carnet.errors import (
         BrokerUnavailableError,
@@ -48,9 +49,11 @@ __all__ = [
     "Token",
     "TokenError",
     "Verifier",
+    "current",
 ]
 
 _HOMES: Final = {
+    "carnet.caller": ("current",),
     "carnet.claims": ("Claims",),
     "carnet.errors": (
         "BrokerUnavailableError",

@@ -1,0 +1,90 @@
+"""``carnet-broker demo``: the main job, end to end, on a real Vault, with a transcript."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import click
+
+from carnet_broker.cli.output import NO, cli_errors
+
+__all__ = ["demo"]
+
+
+@click.command()
+@click.option("--hold", is_flag=True, help="Keep everything running, print 'ready', and play no scenes.")
+@click.option(
+    "--dir", "directory", type=click.Path(path_type=Path), help="Where to put everything; kept. Default: a new one, removed."
+)
+@click.option(
+    "--key-store", type=click.Choice(["kv", "transit"]), default="kv", show_default=True, help="Where the keys live."
+)
+@cli_errors
+def demo(*, hold: bool, directory: Path | None, key_store: str) -> None:
+    """Start OpenBao, a broker and two services on this machine, and show what works and what is refused.
+
+    With --hold it writes DIR/env (shell assignments) and runs until SIGINT or SIGTERM.
+
+    Exit code: 0 everything happened as it must, 1 something did not, 2 it could not be started.
+    """
+    from carnet_broker.demo.stage import Stage, StageError
+
+    if hold and directory is None:
+        raise click.UsageError("--hold needs --dir DIR: the place for DIR/env")
+    place = directory if directory is not None else Path(tempfile.mkdtemp(prefix="carnet-demo-"))
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _interrupt(stop, hold=hold))
+    started = time.monotonic()
+    try:
+        click.echo("Setting the stage")
+        with Stage.build(place.absolute(), key_store=key_store, tell=lambda text: click.echo(f"  - {text}")) as stage:
+            if hold:
+                stage.write_environment()
+                click.echo("ready")
+                stop.wait()
+                return
+            failed = _play(stage)
+        click.echo(f"\n{'Something did not happen as it must.' if failed else 'All of it happened as it must'}"
+                   f" ({time.monotonic() - started:.0f} s).")
+        if failed:
+            raise SystemExit(NO)
+    except (StageError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+    finally:
+        if directory is None:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _interrupt(stop: threading.Event, *, hold: bool) -> None:
+    stop.set()
+    if not hold:
+        raise KeyboardInterrupt
+
+
+def _play(stage: object) -> bool:
+    """Play every scene, and say whether one failed."""
+    from carnet_broker.demo.scenes import SCENES, SceneFailedError
+    from carnet_broker.demo.stage import Stage
+
+    assert isinstance(stage, Stage)  # noqa: S101 - typed as object only so that the import can wait
+    failed = False
+    for number, scene in enumerate(SCENES, 1):
+        click.echo(f"\n{number}. {scene.title}")
+        try:
+            scene.play(stage, lambda text: click.echo(f"   {text}"))
+        except SceneFailedError as error:
+            failed = True
+            click.echo(f"   FAILED: {error}")
+        except Exception as error:  # noqa: BLE001 - a scene that breaks is a scene that failed; the others go on
+            failed = True
+            click.echo(f"   FAILED: {type(error).__name__}: {error}")
+        else:
+            click.echo("   as it must be")
+    return failed
