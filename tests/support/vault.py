@@ -39,7 +39,7 @@ class VaultPlace:
     bootstrapped: Bootstrapped
     _closing: ExitStack = field(default_factory=ExitStack, repr=False)
 
-    def settings(self, role: str = "broker", **changes: Any) -> VaultSettings:
+    def settings(self, role: str = "broker", **changes: Any) -> VaultSettings:  # noqa: ANN401 - any field
         """Return the settings of a role: ``broker``, ``ci`` or ``breakglass``."""
         credentials = self.bootstrapped.credentials[role]
         settings = VaultSettings(
@@ -52,7 +52,7 @@ class VaultPlace:
         )
         return replace(settings, **changes)
 
-    def session(self, role: str = "broker", **changes: Any) -> VaultSession:
+    def session(self, role: str = "broker", **changes: Any) -> VaultSession:  # noqa: ANN401 - any field of the settings
         """Return a new session of a role; it is closed with the test."""
         session = VaultSession(self.settings(role, **changes))
         self._closing.callback(session.close)

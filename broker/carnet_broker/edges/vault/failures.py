@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-__all__ = ["CONFLICT", "SEALED", "describe", "has_phrase"]
+__all__ = ["CONFLICT", "LOST_RACE", "SEALED", "describe", "has_phrase"]
 
 CONFLICT: Final = "check-and-set parameter did not match the current version"
+LOST_RACE: Final = "transaction commit failed"
+"""OpenBao answers this, with 500, to one of two writers of the same thing in Transit."""
 SEALED: Final = "Vault is sealed"
 
 _PHRASES: Final = (
     CONFLICT,
+    LOST_RACE,
     SEALED,
     "check-and-set parameter required for this call",
     "invalid role or secret ID",

@@ -7,6 +7,8 @@ checked with the public key before it goes anywhere.
 from __future__ import annotations
 
 import base64
+import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,14 +18,17 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from carnet.encoding import decode_base64url
 from carnet.errors import InvalidKeySetError
 from carnet.jwk import PublicJWK
+from carnet_broker.edges.vault.failures import LOST_RACE, has_phrase
 from carnet_broker.edges.vault.kv_store import ES256, SELF_TEST
-from carnet_broker.edges.vault.session import VaultSession
+from carnet_broker.edges.vault.session import Reply, VaultSession
 from carnet_broker.ports import KeyLostError, StoredKey
 
 __all__ = ["TransitKeyStore", "TransitSigner"]
 
 _SIGNATURE_BYTES: Final = 64
-_TRIES: Final = 3
+_TRIES: Final = 6
+_PAUSE: Final = 0.03
+"""Seconds, times the number of the try: the longest wait after a lost race."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +120,11 @@ class TransitKeyStore:
     def create(self) -> StoredKey:
         """Rotate the named key, and return its new version. Raises `KeyStoreUnavailableError`.
 
-        Where the answer to the rotation does not say which version it made (older servers), two rotations at the same
-        time may both return the later one: the keyring takes a key once, and the earlier version is never named.
+        A rotation answers with the newest version, not with the one that it made: of two at the same time both may
+        return the later one. That is safe, for the keyring takes a key once, and the earlier one is never named.
         """
         operation = "rotate the Transit key"
-        reply = self._session.call(operation, "POST", f"{self._mount}/keys/{self._key}/rotate", {})
-        data = reply.body.get("data")
+        data = self._write(operation, "rotate", {}).body.get("data")
         versions = self._read() if data is None else self._parse(operation, data)
         jwk = self._public_key(operation, versions, versions.latest)
         if jwk is None:
@@ -206,16 +210,24 @@ class TransitKeyStore:
             "min_decryption_version": max(versions.min_decryption, oldest),
             "min_encryption_version": max(versions.min_encryption, oldest),
         }
-        path = f"{self._mount}/keys/{self._key}"
-        raised = self._session.call(
-            "raise the limits of the Transit key", "POST", f"{path}/config", dict(limits), accept=(400,)
-        )
+        raised = self._write("raise the limits of the Transit key", "config", dict(limits), accept=(400,))
         if raised.status == 400:  # noqa: PLR2004
             return False
-        trimmed = self._session.call(
-            "trim the Transit key", "POST", f"{path}/trim", {"min_available_version": oldest}, accept=(400,)
-        )
-        return trimmed.status != 400  # noqa: PLR2004
+        least = {"min_available_version": oldest}
+        return self._write("trim the Transit key", "trim", least, accept=(400,)).status != 400  # noqa: PLR2004
+
+    def _write(self, operation: str, what: str, body: dict[str, Any], *, accept: tuple[int, ...] = ()) -> Reply:
+        """Change the named key. Who loses a race against another replica tries again, for each change stands alone."""
+        path = f"{self._mount}/keys/{self._key}/{what}"
+        reply = self._session.call(operation, "POST", path, body, accept=(*accept, 500))
+        for turn in range(1, _TRIES):
+            if reply.status != 500 or not has_phrase(reply.body, LOST_RACE):  # noqa: PLR2004
+                break
+            time.sleep(random.uniform(0, turn * _PAUSE))  # noqa: S311 - keeps two replicas apart, no secret
+            reply = self._session.call(operation, "POST", path, body, accept=(*accept, 500))
+        if reply.status == 500:  # noqa: PLR2004
+            self._session.refused(operation, path, reply)
+        return reply
 
     def _read(self) -> _Versions:
         operation = "read the Transit key"
