@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from carnet_broker.core.ledger import MAX_LINE_BYTES, DroppedRecord, IssueRecord, OpenedRecord, RefusalRecord
+
+NOW = datetime(2026, 11, 24, 12, 0, 0, 123456, tzinfo=UTC)
+ISSUE = IssueRecord(
+    at=NOW,
+    token_id="jjjjjjjjjjjjjjjjjjjjjj",
+    kid="k" * 43,
+    subject="spiffe://prod.example/ns/shop/sa/orders",
+    audience="payments",
+    scopes=("charge", "refund"),
+    expires_at=NOW + timedelta(minutes=5),
+    certificate="c" * 43,
+    policy="p1",
+)
+ANY_TEXT = st.text(st.characters(exclude_categories=())) | st.text(
+    '\r\n\u2028\u2029\x1b\x7f\x00"\\\ud800\udfff\U0001f600'
+)
+
+# B10: what a peer may try to put into a field.
+HOSTILE = {
+    "carriage return, line feed": 'x\r\n{"v":1,"kind":"issue"}',
+    "line separators": "x\u2028y\u2029z\x85\x0b\x0c",
+    "terminal escapes": "\x1b[2J\x1b]0;owned\x07\x9b31m",
+    "delete": "x\x7f\x08\x08",
+    "quotes": '","kind":"issue","x":"',
+    "backslashes": '\\\\"\\u000a',
+    "nul": "a\x00b",
+    "lone surrogates": "a\ud800b\udfff",
+    "right to left": "\u202etxt.exe\u2066",
+    "invalid UTF-8, as Python holds it": b"\xff\xfe\x80".decode("utf-8", "surrogateescape"),
+    "a megabyte": "A" * 1_000_000,
+    "a megabyte of what is long when escaped": "\U0001f600" * 250_000,
+}
+
+
+def parsed(line: bytes) -> dict[str, Any]:
+    """Return the object that `line` is, after checking that it is one line and harmless."""
+    assert line.endswith(b"\n")
+    assert 1 == line.count(b"\n")
+    assert all(0x20 <= byte < 0x7F for byte in line[:-1])
+    assert len(line) <= MAX_LINE_BYTES
+    assert 1 == len(line.decode().splitlines())
+    members = json.loads(line)
+    json.dumps(members, ensure_ascii=False).encode("utf-8")  # No lone surrogate came through.
+    assert isinstance(members, dict)
+    return members
+
+
+def test_an_issue_says_what_is_issued_to_whom_and_why():
+    """Members that mean a claim have the claim's name."""
+    assert {
+        "v": 1,
+        "kind": "issue",
+        "at": "2026-11-24T12:00:00.123Z",
+        "jti": "jjjjjjjjjjjjjjjjjjjjjj",
+        "kid": "k" * 43,
+        "sub": "spiffe://prod.example/ns/shop/sa/orders",
+        "aud": "payments",
+        "scope": ["charge", "refund"],
+        "exp": "2026-11-24T12:05:00.123Z",
+        "certificate": "c" * 43,
+        "bound": True,
+        "policy": "p1",
+    } == parsed(ISSUE.to_line())
+
+
+def test_an_issue_names_its_rule_where_there_is_one_and_whether_it_is_bound():
+    """`bound` is there either way: that a token is not bound to a certificate is worth finding."""
+    members = parsed(replace(ISSUE, rule="grants[3]", bound=False).to_line())
+
+    assert "grants[3]" == members["rule"]
+    assert members["bound"] is False
+
+
+def test_a_refusal_says_what_is_known_and_leaves_out_the_rest():
+    """Without an identity there may be nothing but a reason and an address."""
+    full = RefusalRecord(
+        at=NOW,
+        reason="NOT_GRANTED",
+        subject="spiffe://prod.example/a",
+        audience="bank",
+        scopes=("transfer",),
+        certificate="c" * 43,
+        policy="p1",
+        peer="ipv4:10.0.0.1:5",
+        detail="why",
+    )
+
+    assert {"v": 1, "kind": "refusal", "at": "2026-11-24T12:00:00.123Z", "reason": "EXPIRED"} == parsed(
+        RefusalRecord(at=NOW, reason="EXPIRED").to_line()
+    )
+    assert {
+        "v": 1,
+        "kind": "refusal",
+        "at": "2026-11-24T12:00:00.123Z",
+        "reason": "NOT_GRANTED",
+        "sub": "spiffe://prod.example/a",
+        "aud": "bank",
+        "certificate": "c" * 43,
+        "policy": "p1",
+        "peer": "ipv4:10.0.0.1:5",
+        "detail": "why",
+        "scope": ["transfer"],
+    } == parsed(full.to_line())
+
+
+def test_the_first_line_of_a_file_names_its_writer():
+    """Host and process."""
+    assert {"v": 1, "kind": "opened", "at": "2026-11-24T12:00:00.123Z", "writer": "host 7"} == parsed(
+        OpenedRecord(NOW, "host 7").to_line()
+    )
+
+
+def test_dropped_refusals_are_counted():
+    """How many, and since when."""
+    assert {
+        "v": 1,
+        "kind": "dropped",
+        "at": "2026-11-24T12:00:00.123Z",
+        "since": "2026-11-24T11:59:00.123Z",
+        "n": 17,
+    } == parsed(DroppedRecord(NOW, NOW - timedelta(minutes=1), 17).to_line())
+
+
+def test_times_are_utc_whatever_zone_they_come_in():
+    """One hour east of Greenwich."""
+    east = NOW.astimezone(timezone(timedelta(hours=1)))
+
+    assert OpenedRecord(NOW, "x").to_line() == OpenedRecord(east, "x").to_line()
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_b10_no_text_gets_out_of_its_field(text: str):
+    """Every field that a peer can fill: one line, the field stays the field, and it is cut."""
+    members = parsed(
+        RefusalRecord(
+            at=NOW,
+            reason=text,
+            subject=text,
+            audience=text,
+            scopes=(text,) * 3,
+            certificate=text,
+            policy=text,
+            peer=text,
+            detail=text,
+        ).to_line()
+    )
+    assert "refusal" == members["kind"]
+    assert {"v", "kind", "at", "reason", "sub", "aud", "certificate", "policy", "peer", "detail", "scope"} == set(
+        members
+    )
+    assert len(members["aud"]) <= 256 + 30
+    assert len(members["sub"]) <= 2048 + 30
+
+    issue = parsed(
+        replace(
+            ISSUE, token_id=text, kid=text, subject=text, audience=text, scopes=(text,), certificate=text, policy=text
+        ).to_line()
+    )
+    assert "issue" == issue["kind"]
+
+
+@pytest.mark.parametrize("length", [255, 256, 257])
+def test_a_field_is_cut_at_its_limit_and_says_so(length: int):
+    """256 characters; the reader is told how many there were."""
+    cut = parsed(RefusalRecord(at=NOW, reason="R", audience="a" * length).to_line())["aud"]
+
+    assert ("a" * length if length <= 256 else "a" * 256 + "...(257 characters)") == cut
+
+
+@pytest.mark.parametrize(("count", "told"), [(0, None), (64, None), (65, 65), (10_000, 10_000)])
+def test_a_long_list_of_scopes_is_cut_and_counted(count: int, told: int | None):
+    """64 are recorded, which is all that a token can have."""
+    members = parsed(RefusalRecord(at=NOW, reason="R", scopes=("s",) * count).to_line())
+
+    assert min(count, 64) == len(members.get("scope", []))
+    assert told == members.get("scopes_asked")
+
+
+def test_the_longest_line_is_within_the_promise():
+    """All fields full of what is longest when it is escaped."""
+    text = "\U0001f600" * 5000
+    for record in (
+        RefusalRecord(
+            at=NOW,
+            reason=text,
+            subject=text,
+            audience=text,
+            scopes=(text,) * 100,
+            certificate=text,
+            policy=text,
+            peer=text,
+            detail=text,
+        ),
+        replace(
+            ISSUE,
+            token_id=text,
+            kid=text,
+            subject=text,
+            audience=text,
+            scopes=(text,) * 100,
+            certificate=text,
+            policy=text,
+            rule=text,
+        ),
+        OpenedRecord(NOW, text),
+    ):
+        parsed(record.to_line())
+
+
+@given(text=ANY_TEXT, scope=ANY_TEXT)
+def test_b10_no_text_at_all_gets_out_of_its_field(text: str, scope: str):
+    """Whatever it is made of; and what is a text, and short, comes back as it was."""
+    members = parsed(RefusalRecord(at=NOW, reason="R", audience=text, scopes=(scope,), peer=text).to_line())
+
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    if 0 < len(text) <= 256:
+        assert whole == members["aud"]
+    assert 1 == len(members["scope"])
+
+
+def test_no_record_has_a_place_for_a_token():
+    """A ledger that held tokens would be the thing to steal."""
+    for kind in (IssueRecord, RefusalRecord, DroppedRecord, OpenedRecord):
+        assert {"token", "jwt", "signature", "key"}.isdisjoint(kind.__dataclass_fields__)
