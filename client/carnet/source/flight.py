@@ -55,7 +55,7 @@ class Flight:
             return result
         if result.is_refusal:
             failover.succeeded(self._asked())
-            return refused(result, self.key, self.identity)
+            return refused(result, self.key, self.identity, now=now)
         failover.failed(self._asked(), mono)
         self.misses.append(result)
         return None if self.targets else self._no_answer(self.misses, now)

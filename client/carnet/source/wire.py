@@ -122,10 +122,11 @@ def miss_of(call: grpc.Call, target: Target) -> Miss:
     return Miss(target, code, text[:_SHOWN], reason, retry_after)
 
 
-def refused(miss: Miss, key: TokenKey, identity: Identity) -> Failure:
+def refused(miss: Miss, key: TokenKey, identity: Identity, *, now: datetime) -> Failure:
     """Return the failure of a request that a broker refused."""
     reason = miss.reason or miss.code.name
-    message = f"{_what(key)} as {identity.spiffe_id}: {miss.text or 'refused'} ({reason})"
+    hint = _hint_of_clock(identity, now)
+    message = f"{_what(key)} as {identity.spiffe_id}: {miss.text or 'refused'} ({reason}){hint}"
     return Failure(message, reason=reason, retry_after=miss.retry_after)
 
 
@@ -146,10 +147,8 @@ def _what(key: TokenKey) -> str:
 
 def _hint(misses: Sequence[Miss], identity: Identity, broker_name: str, now: datetime) -> str:
     """Say what to do about it. gRPC shows a certificate that the server refused only as a closed socket."""
-    if now >= identity.not_after:
-        return f": your certificate ended at {identity.not_after:%Y-%m-%dT%H:%M:%SZ}, renew it"
-    if now < identity.not_before:
-        return f": your certificate begins at {identity.not_before:%Y-%m-%dT%H:%M:%SZ}, check this host's clock"
+    if clock := _hint_of_clock(identity, now):
+        return clock
     texts = " ".join(miss.text for miss in misses if not miss.is_from_broker)
     if "CERTIFICATE_VERIFY_FAILED" in texts:
         return ": the broker's certificate has ended or is not from your authorities, check CARNET_CA_FILE"
@@ -158,3 +157,11 @@ def _hint(misses: Sequence[Miss], identity: Identity, broker_name: str, now: dat
     if "Socket closed" in texts:
         return ": the broker may not trust your certificate, check CARNET_CERT_FILE and the broker's CA file"
     return ": check CARNET_BROKER, and that a broker runs there" if texts else ""
+
+
+def _hint_of_clock(identity: Identity, now: datetime) -> str:
+    if now >= identity.not_after:
+        return f": your certificate ended at {identity.not_after:%Y-%m-%dT%H:%M:%SZ}, renew it"
+    if now < identity.not_before:
+        return f": your certificate begins at {identity.not_before:%Y-%m-%dT%H:%M:%SZ}, check this host's clock"
+    return ""
