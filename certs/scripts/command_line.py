@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,7 +17,13 @@ from carnet.spiffe import SpiffeID
 __all__ = ["Duration", "one_line_errors", "parse_trust_domain"]
 
 
-class Duration(click.ParamType[timedelta]):
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[timedelta]
+else:
+    _ParamType = click.ParamType  # Older versions of click, which are supported, do not make it generic.
+
+
+class Duration(_ParamType):
     """A duration in the form that the whole project uses: ``500ms 90s 10m 24h 7d``."""
 
     name = "duration"
