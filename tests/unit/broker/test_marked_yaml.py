@@ -105,8 +105,8 @@ def test_a_word_that_readers_disagree_about_is_refused(word: str) -> None:
         (
             "a: !!python/object/apply:os.system ['true']",
             (
-                "f.yaml:1: a: tags ('tag:yaml.org,2002:python/object/apply:os.system') are not read; remove it, and quote"
-                " what is text"
+                "f.yaml:1: a: tags ('tag:yaml.org,2002:python/object/apply:os.system') are not read; remove it, and"
+                " quote what is text"
             ),
         ),
         ("12: a", "f.yaml:1: a key must be text; quote it"),
