@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import uvicorn
+from carnet.durations import format_duration
 from carnet.errors import CarnetError, ConfigError
 from carnet.identity import Identity
 from carnet.spiffe import server_dns_name
@@ -109,8 +110,9 @@ def load_policy_file(config: BrokerConfig) -> Policy:
     for audience in policy.audiences.values():
         if audience.max_ttl > config.tokens.longest_life:
             msg = (
-                f"{file}: audience {audience.name} allows max_ttl {audience.max_ttl}, longer than tokens.longest_life"
-                f" {config.tokens.longest_life} of this broker; lower the one or raise the other"
+                f"{file}:{audience.line}: audiences.{audience.name}: max_ttl {format_duration(audience.max_ttl)} is longer"
+                f" than tokens.longest_life {format_duration(config.tokens.longest_life)} of this broker; lower the one"
+                " or raise the other"
             )
             raise ConfigError(msg)
     return policy

@@ -105,6 +105,7 @@ class KeysConfig(Section):
     poller_interval: DurationOrZero = timedelta(minutes=10)
     replica_lag: Duration = timedelta(seconds=15)
     skew: DurationOrZero = timedelta(seconds=5)
+    leeway: DurationOrZero = timedelta(seconds=30)
     island: Duration = timedelta(minutes=15)
     sign_for: Duration = timedelta(days=7)
     rotate_every: Duration = timedelta(days=1)
@@ -204,6 +205,7 @@ class BrokerConfig(Section):
             poller_interval=keys.poller_interval,
             replica_lag=keys.replica_lag,
             skew=keys.skew,
+            leeway=keys.leeway,
             longest_life=self.tokens.longest_life,
             island=keys.island,
             sign_for=keys.sign_for,

@@ -29,7 +29,7 @@ from carnet.tls import secure_channel
 from carnet.v1 import token_pb2, token_pb2_grpc, trust_pb2, trust_pb2_grpc
 from support.vault import VaultPlace
 
-__all__ = ["BROKER_NAME", "ISSUER", "ORDERS", "OUTSIDER", "PAYMENTS", "QUICK", "RunningBroker", "reason_of", "start_broker"]
+__all__ = ["BROKER_NAME", "ISSUER", "ORDERS", "OUTSIDER", "PAYMENTS", "POLICY", "QUICK", "RunningBroker", "reason_of", "start_broker"]
 
 ISSUER: Final = "https://tokens.prod.example"
 BROKER: Final = "spiffe://prod.example/ns/carnet/sa/broker"
@@ -56,10 +56,11 @@ QUICK: Final[Mapping[str, Any]] = {
         "poller_interval": 0,
         "replica_lag": "500ms",
         "skew": "200ms",
+        "leeway": 0,
         "island": "2s",
         "min_interval": 0,
     },
-    "tokens": {"default_life": "2s", "longest_life": "10s", "shortest_life": "1s"},
+    "tokens": {"default_life": "2s", "longest_life": "2s", "shortest_life": "1s"},
     "vault": {"poll_interval": "200ms"},
 }
 
