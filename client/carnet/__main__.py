@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import NoReturn
 
@@ -12,6 +13,8 @@ __all__ = ["main"]
 
 def main() -> NoReturn:
     """Run the command line of this process."""
+    # What goes on in the background is for services; a command says what matters in its one line.
+    logging.getLogger("carnet").addHandler(logging.NullHandler())
     sys.exit(run(sys.argv[1:]))
 
 

@@ -6,7 +6,6 @@ script would react. The modules of the commands load gRPC and cryptography insid
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +38,7 @@ _CARNET_COMPLETE=fish_source carnet | source)
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     epilog=_EPILOG,
+    no_args_is_help=False,
 )
 @click.version_option(package_name="carnet")
 def _carnet() -> None:
@@ -52,8 +52,6 @@ _carnet.add_command(verify)
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command that `arguments` are, without the program's name, and return its exit code."""
-    # What goes on in the background is for services; a command says what matters in its one line.
-    logging.getLogger("carnet").setLevel(logging.CRITICAL + 1)
     try:
         result = _carnet.main(list(arguments), prog_name="carnet", standalone_mode=False)
     except click.ClickException as error:
