@@ -164,9 +164,7 @@ def verify_token(
     return claims
 
 
-def check_claims(
-    claims: Claims, *, expectations: Expectations, peer_thumbprint: str | None, now: datetime
-) -> None:
+def check_claims(claims: Claims, *, expectations: Expectations, peer_thumbprint: str | None, now: datetime) -> None:
     """Raise `InvalidTokenError` unless `claims` are meant for this verifier, now, and from this peer.
 
     All that `verify_token` decides after the signature. The broker runs it on what it is about to sign.
