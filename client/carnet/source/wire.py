@@ -135,9 +135,9 @@ def no_answer(misses: Sequence[Miss], key: TokenKey, identity: Identity, *, brok
     texts = "; ".join(f"{miss.target}: {miss.text or miss.code.name}" for miss in misses)
     hint = _hint(misses, identity, broker_name, now)
     waits = [miss.retry_after for miss in misses if miss.retry_after is not None]
-    message = f"{_what(key)}: no broker answered ({texts}){hint}"
+    message = f"{_what(key)}: no broker answered {f'({texts})' if misses else 'in time'}{hint}"
     # The soonest: one broker that can answer is enough.
-    return Failure(message, retry_after=min(waits) if len(waits) == len(misses) else None)
+    return Failure(message, retry_after=min(waits, default=None) if len(waits) == len(misses) else None)
 
 
 def _what(key: TokenKey) -> str:
