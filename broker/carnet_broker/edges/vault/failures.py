@@ -26,6 +26,7 @@ _PHRASES: Final = (
     "permission denied",
     "namespace not authorized",
     "no handler for route",
+    "route entry not found",
     "encryption key not found",
     "key not found",
     "signing key not found",

@@ -17,6 +17,9 @@ from carnet_broker.ports import DocumentConflictError
 
 __all__ = ["KvEntry", "KvMount"]
 
+_NO_CONTENT: Final = 204
+_BAD_REQUEST: Final = 400
+_NOT_FOUND: Final = 404
 _MAX_BYTES: Final = 1024 * 1024
 _MAX_LIST_BYTES: Final = 8 * 1024 * 1024
 """Some 200,000 names."""
@@ -48,15 +51,17 @@ class KvMount:
         An entry that has metadata and no version yet counts as none.
         """
         operation = f"read {what}"
-        reply = self._session.call(operation, "GET", self._path("data", name), accept=(404,), max_bytes=max_bytes)
+        path = self._path("data", name)
+        reply = self._session.call(operation, "GET", path, accept=(_NOT_FOUND,), max_bytes=max_bytes)
         data = reply.body.get("data")
-        if reply.status == 404 and data is None:  # noqa: PLR2004
+        if reply.status == _NOT_FOUND and data is None:
+            self._check_not_found(operation, path, reply)
             return None
         metadata = data.get("metadata") if isinstance(data, dict) else None
         content = data.get("data") if isinstance(data, dict) else None
         version = metadata.get("version") if isinstance(metadata, dict) else None
         created_at = parse_time(metadata.get("created_time")) if isinstance(metadata, dict) else None
-        readable = content is None if reply.status == 404 else isinstance(content, dict)  # noqa: PLR2004
+        readable = content is None if reply.status == _NOT_FOUND else isinstance(content, dict)
         if type(version) is not int or version < 1 or created_at is None or not readable:
             self._session.senseless(operation, "it is no version of a KV entry")
         return KvEntry(version, created_at, content)
@@ -64,9 +69,11 @@ class KvMount:
     def is_prepared(self, name: str, what: str) -> bool:
         """Say whether the entry has metadata that require check-and-set, and no version yet. Raises as `call`."""
         operation = f"read the metadata of {what}"
-        reply = self._session.call(operation, "GET", self._path("metadata", name), accept=(404,))
+        path = self._path("metadata", name)
+        reply = self._session.call(operation, "GET", path, accept=(_NOT_FOUND,))
         data = reply.body.get("data")
-        if reply.status == 404:  # noqa: PLR2004
+        if reply.status == _NOT_FOUND:
+            self._check_not_found(operation, path, reply)
             return False
         if not isinstance(data, dict) or type(data.get("current_version")) is not int:
             self._session.senseless(operation, "it is no metadata of a KV entry")
@@ -79,12 +86,13 @@ class KvMount:
         """
         operation = f"write {what}"
         body = {"data": data, "options": {"cas": expected_version}}
-        reply = self._session.call(operation, "POST", self._path("data", name), body, accept=(400,))
-        if reply.status == 400:  # noqa: PLR2004
+        path = self._path("data", name)
+        reply = self._session.call(operation, "POST", path, body, accept=(_BAD_REQUEST,))
+        if reply.status == _BAD_REQUEST:
             if has_phrase(reply.body, CONFLICT):
                 msg = f"{what} is no longer version {expected_version}: somebody else wrote it first"
                 raise DocumentConflictError(msg)
-            self._session.refused(operation, self._path("data", name), reply)
+            self._session.refused(operation, path, reply)
         written = reply.body.get("data")
         version = written.get("version") if isinstance(written, dict) else None
         if type(version) is not int or version != expected_version + 1:
@@ -93,23 +101,33 @@ class KvMount:
 
     def destroy(self, name: str, what: str) -> None:
         """Delete the entry with all its versions for good. One that is not there is fine. Raises as `call`."""
-        self._session.call(f"destroy {what}", "DELETE", self._path("metadata", name), accept=(404,))
+        operation = f"destroy {what}"
+        reply = self._session.call(operation, "DELETE", self._path("metadata", name))
+        if reply.status != _NO_CONTENT:
+            self._session.senseless(operation, "it does not say that it was done")
 
     def names(self, folder: str, what: str) -> list[str]:
         """Return the names of the entries and folders (with ``/`` at the end) in `folder`. Raises as `call`."""
         operation = f"list {what}"
         path = self._path("metadata", folder)
-        reply = self._session.call(operation, "LIST", path, accept=(404,), max_bytes=_MAX_LIST_BYTES)
-        return self._names_of(operation, reply)
-
-    def _names_of(self, operation: str, reply: Reply) -> list[str]:
-        if reply.status == 404:  # noqa: PLR2004
+        reply = self._session.call(operation, "LIST", path, accept=(_NOT_FOUND,), max_bytes=_MAX_LIST_BYTES)
+        if reply.status == _NOT_FOUND:
+            self._check_not_found(operation, path, reply)
             return []
         data = reply.body.get("data")
         names = data.get("keys") if isinstance(data, dict) else None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             self._session.senseless(operation, "it is no list of names")
         return names
+
+    def _check_not_found(self, operation: str, path: str, reply: Reply) -> None:
+        """Raise unless KV itself says that there is nothing: it gives no reason then.
+
+        A mount that is gone, a wrong namespace or a proxy answer 404 too. To take that for "the key is lost" would
+        make the broker give up its keys.
+        """
+        if reply.body.get("errors") != []:
+            self._session.refused(operation, path, reply)
 
     def _path(self, kind: str, name: str) -> str:
         return f"{self._mount}/{kind}/{self._environment}/{name}"
