@@ -1,11 +1,12 @@
 """A process that writes audit records until it is stopped, for tests that kill it or limit it.
 
-``python ledger_process.py DIRECTORY DURABILITY NAME`` prints ``NAME-0``, ``NAME-1``... each once it is recorded, or
-``refused: why`` where it could not be.
+``python ledger_process.py DIRECTORY DURABILITY NAME FILE_LIMIT`` prints ``NAME-0``, ``NAME-1``... each once it is
+recorded, or ``refused: why`` where it could not be. FILE_LIMIT is RLIMIT_FSIZE in bytes, empty for none.
 """
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -17,8 +18,10 @@ from carnet_broker.edges.ledger.json_lines import JsonLinesAudit, LedgerLimits
 from carnet_broker.ports import AuditUnavailableError
 
 
-def main(directory: str, durability: str, name: str) -> None:
+def main(directory: str, durability: str, name: str, file_limit: str) -> None:
     """Write one record after another."""
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_limit), int(file_limit)))
     limits = LedgerLimits(pause=timedelta(milliseconds=50))
     audit = JsonLinesAudit(Path(directory), durability=durability, limits=limits)
     now = datetime.now(UTC)

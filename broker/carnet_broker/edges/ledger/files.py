@@ -1,7 +1,7 @@
 """The files of the ledger: made, appended to, made durable, and mended after a crash.
 
 A file belongs to the process that made it, which holds a lock on it for as long as it writes. Its name is
-``issued-`` or ``refused-``, the UTC time, a random part, ``.jsonl``. It is only ever appended to.
+``issued-`` or ``refused-``, the UTC time, a random part, ``.jsonl``: names sort by time. It is only ever appended to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final
 
 __all__ = ["LedgerFile", "mend"]
 
-_NAME: Final = re.compile(r"(issued|refused)-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{16}\.jsonl")
+_NAME: Final = re.compile(r"(issued|refused)-[0-9]{8}T[0-9]{6}\.[0-9]{6}Z-[0-9a-f]{16}\.jsonl")
 _BLOCK: Final = 64 * 1024
 
 
@@ -33,7 +33,7 @@ class LedgerFile:
 
         A file that cannot take its first line is removed again.
         """
-        self.path = directory / f"{kind}-{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(8)}.jsonl"
+        self.path = directory / f"{kind}-{now.astimezone(UTC):%Y%m%dT%H%M%S.%f}Z-{secrets.token_hex(8)}.jsonl"
         self._day = now.astimezone(UTC).date()
         self._size = 0
         self._sync = sync

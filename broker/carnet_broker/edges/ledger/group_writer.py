@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final
 
@@ -26,8 +26,8 @@ class _Turn:
 
     data: bytes
     sync: bool
-    woken: threading.Lock | None = None
-    """Held until its data is written, or it is its turn to write; None for a caller that has not to wait."""
+    woken: threading.Lock = field(default_factory=threading.Lock)
+    """Held while it waits: until its data is written, or it is its turn to write."""
     group: list[_Turn] | None = None
     """Those whose data this caller has to write, its own among them; None while it waits for another to do it."""
     failure: str | None = None
@@ -61,16 +61,16 @@ class GroupWriter:
         """
         turn = _Turn(data, sync)
         with self._mutex:
-            if self._writing_since is None:
+            waits = self._writing_since is not None
+            if not waits:
                 self._writing_since = self._mono()
                 turn.group = [turn]
             elif self.hangs:
                 raise _hanging()
             else:
-                turn.woken = threading.Lock()
                 turn.woken.acquire()
                 self._waiting.append(turn)
-        if turn.woken is not None and not turn.woken.acquire(timeout=self._deadline):
+        if waits and not turn.woken.acquire(timeout=self._deadline):
             self._give_up(turn)
         if turn.group is not None:
             self._write_for(turn.group)
@@ -93,18 +93,13 @@ class GroupWriter:
             with self._mutex:
                 following, self._waiting = self._waiting, []
                 self._writing_since = self._mono() if following else None
-                for turn in group:
+                group[0].failure = failure
+                for turn in group[1:]:
                     turn.failure = failure
-                    if turn.woken is not None and turn is not group[0]:
-                        turn.woken.release()
+                    turn.woken.release()
                 if following:
                     following[0].group = following
-                    _wake(following[0])
-
-
-def _wake(turn: _Turn) -> None:
-    if turn.woken is not None:
-        turn.woken.release()
+                    following[0].woken.release()
 
 
 def _hanging() -> AuditUnavailableError:
