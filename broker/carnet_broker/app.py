@@ -11,7 +11,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Final
 
 import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from carnet.durations import format_duration
 from carnet.errors import CarnetError, ConfigError
 from carnet.identity import Identity
 from carnet.spiffe import server_dns_name
 from carnet.v1 import token_pb2_grpc, trust_pb2_grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-
 from carnet_broker.config import BrokerConfig, host_and_port
 from carnet_broker.core.admission import Admission
 from carnet_broker.core.minting import MintingRules
@@ -110,9 +110,9 @@ def load_policy_file(config: BrokerConfig) -> Policy:
     for audience in policy.audiences.values():
         if audience.max_ttl > config.tokens.longest_life:
             msg = (
-                f"{file}:{audience.line}: audiences.{audience.name}: max_ttl {format_duration(audience.max_ttl)} is longer"
-                f" than tokens.longest_life {format_duration(config.tokens.longest_life)} of this broker; lower the one"
-                " or raise the other"
+                f"{file}:{audience.line}: audiences.{audience.name}: max_ttl {format_duration(audience.max_ttl)} is"
+                f" longer than tokens.longest_life {format_duration(config.tokens.longest_life)} of this broker;"
+                " lower the one or raise the other"
             )
             raise ConfigError(msg)
     return policy
@@ -161,9 +161,7 @@ class Broker:
         self._draining = False
         limits = config.limits
         files = config.tls
-        self._policy = Watched(
-            "policy", [config.policy_file], lambda: load_policy_file(config), self.telemetry
-        )
+        self._policy = Watched("policy", [config.policy_file], lambda: load_policy_file(config), self.telemetry)
         trust_domain = self._policy.value.trust_domain
         self._tls = Watched(
             "tls",
@@ -176,9 +174,7 @@ class Broker:
         self._holder = KeyringHolder(island=timing.island)
         self._identities = IdentityCache(LeafRules(max_life=files.max_leaf_life))
         self._session = vault_session(config)
-        store: KeyStore = (
-            KvKeyStore(self._session) if config.keys.store == "kv" else TransitKeyStore(self._session)
-        )
+        store: KeyStore = KvKeyStore(self._session) if config.keys.store == "kv" else TransitKeyStore(self._session)
         self._keyring_loop = KeyringLoop(
             RotationDriver(
                 document=VaultKeyringDocument(self._session),
@@ -361,8 +357,8 @@ class Broker:
         self._tls.refresh(force=force)
 
     async def _report_health(self, servicer: health.aio.HealthServicer) -> None:
-        status = health_pb2.HealthCheckResponse.ServingStatus
-        serving = status.SERVING if self.readiness().ready else status.NOT_SERVING
+        answer = health_pb2.HealthCheckResponse
+        serving = answer.SERVING if self.readiness().ready else answer.NOT_SERVING
         for service in ("", "carnet.v1.TokenService", "carnet.v1.TrustService"):
             await servicer.set(service, serving)
 
@@ -371,7 +367,7 @@ class _PlainServer(uvicorn.Server):
     """Uvicorn without its own signal handlers: ours drain the whole process."""
 
     @contextlib.contextmanager
-    def capture_signals(self):  # type: ignore[no-untyped-def]  # noqa: ANN201 - as its base
+    def capture_signals(self) -> Iterator[None]:
         """Capture none."""
         yield
 
@@ -386,7 +382,9 @@ def _listen(address: str) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        msg = f"listen.plain: cannot listen on {address} ({error.strerror}); give a free port of an address of this host"
+        msg = (
+            f"listen.plain: cannot listen on {address} ({error.strerror}); give a free port of an address of this host"
+        )
         raise ConfigError(msg) from error
 
 
@@ -394,5 +392,3 @@ def check_files(config: BrokerConfig) -> None:
     """Load all that the configuration names, without serving. Raises `ConfigError`."""
     policy = load_policy_file(config)
     server_dns_name(load_tls(config, [policy.trust_domain]).identity.spiffe_id)
-
-

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
+
 from carnet.claims import is_name
 from carnet.durations import parse_duration
 from carnet.errors import ConfigError
-
 from carnet_broker.core.keyring import Timing
 from carnet_broker.core.marked_yaml import Duration, Section, read_yaml, validate
 
@@ -23,7 +23,7 @@ __all__ = ["BrokerConfig", "load_config"]
 
 
 def _duration_or_zero(value: object) -> timedelta:
-    if value == 0 or value == "0":
+    if value in (0, "0"):
         return timedelta(0)
     if not isinstance(value, str):
         msg = "this must be a duration or 0; write for instance 90s, 10m or 0"

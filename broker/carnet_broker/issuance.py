@@ -87,12 +87,15 @@ class TokenRequest:
 def _check(request: TokenRequest) -> None:
     """Raise `RefusedError` with INVALID_REQUEST and the name of the field unless `request` is well formed."""
     if not is_name(request.audience):
-        raise _invalid("audience: give the name of one audience")
+        msg = "audience: give the name of one audience"
+        raise _invalid(msg)
     scopes = request.scopes
     if len(scopes) > MAX_SCOPES or not all(map(is_scope_token, scopes)) or len(set(scopes)) != len(scopes):
-        raise _invalid(f"scopes: at most {MAX_SCOPES} scope-tokens (RFC 6749 section 3.3), each once")
+        msg = f"scopes: at most {MAX_SCOPES} scope-tokens (RFC 6749 section 3.3), each once"
+        raise _invalid(msg)
     if request.ttl is not None and request.ttl < timedelta(seconds=1):
-        raise _invalid("ttl: at least one second, or none for the default")
+        msg = "ttl: at least one second, or none for the default"
+        raise _invalid(msg)
 
 
 @dataclass(frozen=True, slots=True)

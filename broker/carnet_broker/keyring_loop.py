@@ -32,9 +32,7 @@ class VaultEvents(Protocol):
 class KeyringLoop:
     """Runs `RotationDriver.tick` again and again in one thread."""
 
-    def __init__(
-        self, driver: RotationDriver, clock: Clock, events: VaultEvents, *, poll_interval: timedelta
-    ) -> None:
+    def __init__(self, driver: RotationDriver, clock: Clock, events: VaultEvents, *, poll_interval: timedelta) -> None:
         self._driver = driver
         self._clock = clock
         self._events = events

@@ -15,8 +15,8 @@ from carnet_broker.core.keyring import (
     ActivateKey,
     CreateKey,
     DestroyKey,
-    Keyring,
     KeyRecord,
+    Keyring,
     PublishKey,
     RemoveKey,
     RevokeKey,
@@ -205,9 +205,7 @@ class RotationDriver:
         self._adopt(changed, now, mono)
         return changed
 
-    def _changed(
-        self, step: Step, keyring: Keyring, pending: Sequence[RotationRequest], now: datetime
-    ) -> Keyring:
+    def _changed(self, step: Step, keyring: Keyring, pending: Sequence[RotationRequest], now: datetime) -> Keyring:
         """Return what `keyring` becomes by `step`, having done what must come before the write."""
         match step:
             case PublishKey(kid):

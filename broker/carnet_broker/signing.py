@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from carnet.errors import CarnetError
-from carnet_broker.core.keyring import Keyring, KeyRecord
+from carnet_broker.core.keyring import KeyRecord, Keyring
 from carnet_broker.ports import Signer
 
 __all__ = ["KeyringHolder", "KeyringView", "NoSigningKeyError"]

@@ -10,9 +10,9 @@ import sys
 from typing import Any, Final
 
 import structlog
-from carnet.errors import CarnetError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from carnet.errors import CarnetError
 from carnet_broker.core.keyring import Keyring, Step
 from carnet_broker.core.workload import UnauthenticatedError, Workload
 from carnet_broker.issuance import RefusedError

@@ -66,7 +66,7 @@ class Watched(Generic[Value]):
             self._events.reloaded(self._what)
 
     def _fingerprint(self) -> tuple[tuple[int, int, int] | None, ...]:
-        """What tells one state of the files from another; follows symbolic links, which are swapped on renewal."""
+        """Return what tells one state of the files from another; follows links, which are swapped on renewal."""
         return tuple(map(_state_of, self._files))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from carnet_broker.core.requests import RequestKind, RequestStatus
 from carnet_broker.edges.vault import RotationClient
 from support.counts import count

@@ -10,13 +10,15 @@ from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
-from carnet.claims import certificate_thumbprint
-from carnet.jwk import KeySet
-from carnet.v1 import token_pb2, token_pb2_grpc
-from carnet.verify import Binding, Expectations, verify_token
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+
+from carnet.claims import certificate_thumbprint
+from carnet.encoding import decode_base64url
+from carnet.jwk import KeySet
+from carnet.v1 import token_pb2, token_pb2_grpc
+from carnet.verify import Binding, Expectations, verify_token
 from support.running_broker import ISSUER, ORDERS, OUTSIDER, POLICY, RunningBroker, reason_of, start_broker
 from support.vault import prepare
 
@@ -174,8 +176,6 @@ def test_every_token_is_in_the_audit_record_and_none_is_its_text(broker):
 
 
 def _payload(token: str) -> bytes:
-    from carnet.encoding import decode_base64url
-
     return decode_base64url(token.split(".")[1].encode())
 
 
@@ -188,7 +188,9 @@ def test_b11_logs_metrics_and_answers_hold_no_secret(broker):
         broker.place.bootstrapped.credentials["broker"].secret_id_file.read_bytes().strip(),
         (broker.directory / "broker-key.pem").read_bytes()[60:120],
     ]
-    said = (broker.directory / "log").read_bytes() + broker.get("/metrics")[1].encode() + broker.get("/readyz")[1].encode()
+    said = (
+        (broker.directory / "log").read_bytes() + broker.get("/metrics")[1].encode() + broker.get("/readyz")[1].encode()
+    )
     assert [] == [secret for secret in secrets if secret in said]
 
 
@@ -197,11 +199,16 @@ def test_g12_health_is_for_authenticated_callers_and_nothing_else_is_served(brok
     for listener in ("tokens", "trust"):
         with broker.channel(listener=listener) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            assert health_pb2.HealthCheckResponse.SERVING == stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status
+            assert (
+                health_pb2.HealthCheckResponse.SERVING == stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status
+            )
             with pytest.raises(grpc.RpcError) as watch:
                 next(iter(stub.Watch(health_pb2.HealthCheckRequest(), timeout=5)))
             assert grpc.StatusCode.UNIMPLEMENTED == watch.value.code()
-            for method in ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", "/carnet.v1.TokenService/Nothing"):
+            for method in (
+                "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+                "/carnet.v1.TokenService/Nothing",
+            ):
                 with pytest.raises(grpc.RpcError) as unknown:
                     channel.unary_unary(method)(b"", timeout=5)
                 assert grpc.StatusCode.UNIMPLEMENTED == unknown.value.code()
@@ -234,18 +241,18 @@ def test_g06_a_message_over_the_limit_is_refused(broker):
 def test_g09_a_request_that_never_comes_is_ended(openbao, tmp_path):
     """A caller that opens a call and sends nothing is told so after `read_within`, and holds nobody up."""
     place = prepare(openbao, tmp_path / "login")
-    with start_broker(place, tmp_path / "broker", settings={"limits": {"read_within": "500ms"}}) as broker:
-        with broker.channel() as channel:
-            stalled = channel.stream_unary("/carnet.v1.TokenService/IssueToken")
+    settings = {"limits": {"read_within": "500ms"}}
+    with start_broker(place, tmp_path / "broker", settings=settings) as broker, broker.channel() as channel:
+        stalled = channel.stream_unary("/carnet.v1.TokenService/IssueToken")
 
-            def nothing() -> Iterator[bytes]:
-                time.sleep(3)
-                yield b""
+        def nothing() -> Iterator[bytes]:
+            time.sleep(3)
+            yield b""
 
-            call = stalled.future(nothing(), timeout=10)
-            assert broker.issue("payments").token
-            assert grpc.StatusCode.DEADLINE_EXCEEDED == call.exception(timeout=5).code()
-            assert "SLOW_REQUEST" == reason_of(call.exception())
+        call = stalled.future(nothing(), timeout=10)
+        assert broker.issue("payments").token
+        assert grpc.StatusCode.DEADLINE_EXCEEDED == call.exception(timeout=5).code()
+        assert "SLOW_REQUEST" == reason_of(call.exception())
     place.close()
 
 
@@ -283,15 +290,23 @@ def test_b12_a_new_policy_is_in_force_with_no_restart_and_a_bad_one_never_is(ope
     with start_broker(place, tmp_path / "broker") as broker:
         outsider = broker.identity(OUTSIDER)
         refused(broker, "payments", identity=outsider)
-        broker.policy_file.write_text(POLICY + f"  - {{ workload: {OUTSIDER}, audience: payments, scopes: [charge] }}\n")
+        broker.policy_file.write_text(
+            POLICY + f"  - {{ workload: {OUTSIDER}, audience: payments, scopes: [charge] }}\n"
+        )
         broker.reload()
         broker.wait_for(lambda: [e for e in broker.log() if e["event"] == "reloaded"], "the reload")
         assert broker.issue("payments", identity=outsider).token
-        for bad in ("", "grants: all", POLICY.replace("grants:", "gants:"), POLICY.replace(ISSUER, "https://other.example")):
+        for bad in (
+            "",
+            "grants: all",
+            POLICY.replace("grants:", "gants:"),
+            POLICY.replace(ISSUER, "https://other.example"),
+        ):
             failures = len([e for e in broker.log() if e["event"] == "reload_failed"])
             broker.policy_file.write_text(bad)
             broker.wait_for(
-                lambda known=failures: len([e for e in broker.log() if e["event"] == "reload_failed"]) > known, "the alarm"
+                lambda known=failures: len([e for e in broker.log() if e["event"] == "reload_failed"]) > known,
+                "the alarm",
             )
             assert broker.issue("payments", identity=outsider).token
             assert broker.readiness()["degraded"]

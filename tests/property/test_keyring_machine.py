@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
 from carnet_broker.core.keyring import (
     ActivateKey,
     CreateKey,
@@ -23,9 +27,6 @@ from carnet_broker.core.keyring import (
     plan,
 )
 from carnet_broker.core.keyring_document import keyring_of_content, keyring_to_content
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from support.counts import count
 from support.keyrings import ISSUER, SECOND, T0, TIMING, jwks
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import cache
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from carnet.jwk import PublicJWK
 from carnet_broker.core.keyring import Keyring, Timing
-from cryptography.hazmat.primitives.asymmetric import ec
 
 ISSUER = "https://tokens.prod.example"
 T0 = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)

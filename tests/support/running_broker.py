@@ -22,6 +22,8 @@ from typing import Any, Final
 
 import grpc
 import yaml
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from carnet import Identity
 from carnet.testing import CertificateAuthority
@@ -29,7 +31,18 @@ from carnet.tls import secure_channel
 from carnet.v1 import token_pb2, token_pb2_grpc, trust_pb2, trust_pb2_grpc
 from support.vault import VaultPlace
 
-__all__ = ["BROKER_NAME", "ISSUER", "ORDERS", "OUTSIDER", "PAYMENTS", "POLICY", "QUICK", "RunningBroker", "reason_of", "start_broker"]
+__all__ = [
+    "BROKER_NAME",
+    "ISSUER",
+    "ORDERS",
+    "OUTSIDER",
+    "PAYMENTS",
+    "POLICY",
+    "QUICK",
+    "RunningBroker",
+    "reason_of",
+    "start_broker",
+]
 
 ISSUER: Final = "https://tokens.prod.example"
 BROKER: Final = "spiffe://prod.example/ns/carnet/sa/broker"
@@ -253,12 +266,10 @@ def start_broker(
 
 def reason_of(error: grpc.RpcError) -> str:
     """Return the reason that a refusal carries (google.rpc.ErrorInfo), checked to be of our domain."""
-    from google.rpc import error_details_pb2
-    from grpc_status import rpc_status
-
-    status = rpc_status.from_call(error)
+    call: Any = error  # What a stub raises is a call as well, which its stubs do not say.
+    status = rpc_status.from_call(call)
     assert status is not None, f"no details: {error}"
     info = error_details_pb2.ErrorInfo()
     assert any(detail.Unpack(info) for detail in status.details), f"no ErrorInfo: {status}"
     assert info.domain == "carnet"
-    return info.reason
+    return str(info.reason)

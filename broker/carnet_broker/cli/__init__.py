@@ -43,7 +43,7 @@ class _Lazy(click.Group):
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="carnet", prog_name="carnet-broker")
 def main() -> None:
-    """The Carnet broker: issues short-lived tokens to workloads that authenticate by mutual TLS.
+    """Run the Carnet broker: it issues short-lived tokens to workloads that authenticate by mutual TLS.
 
     Shell completion: eval "$(_CARNET_BROKER_COMPLETE=bash_source carnet-broker)" (or zsh_source, fish_source).
     """

@@ -19,7 +19,10 @@ __all__ = ["demo"]
 @click.command()
 @click.option("--hold", is_flag=True, help="Keep everything running, print 'ready', and play no scenes.")
 @click.option(
-    "--dir", "directory", type=click.Path(path_type=Path), help="Where to put everything; kept. Default: a new one, removed."
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path),
+    help="Where to put everything; kept. Default: a new one, removed.",
 )
 @click.option(
     "--key-store", type=click.Choice(["kv", "transit"]), default="kv", show_default=True, help="Where the keys live."
@@ -35,7 +38,8 @@ def demo(*, hold: bool, directory: Path | None, key_store: str) -> None:
     from carnet_broker.demo.stage import Stage, StageError
 
     if hold and directory is None:
-        raise click.UsageError("--hold needs --dir DIR: the place for DIR/env")
+        msg = "--hold needs --dir DIR: the place for DIR/env"
+        raise click.UsageError(msg)
     place = directory if directory is not None else Path(tempfile.mkdtemp(prefix="carnet-demo-"))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -50,8 +54,10 @@ def demo(*, hold: bool, directory: Path | None, key_store: str) -> None:
                 stop.wait()
                 return
             failed = _play(stage)
-        click.echo(f"\n{'Something did not happen as it must.' if failed else 'All of it happened as it must'}"
-                   f" ({time.monotonic() - started:.0f} s).")
+        click.echo(
+            f"\n{'Something did not happen as it must.' if failed else 'All of it happened as it must'}"
+            f" ({time.monotonic() - started:.0f} s)."
+        )
         if failed:
             raise SystemExit(NO)
     except (StageError, OSError) as error:

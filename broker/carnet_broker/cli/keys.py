@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+
 from carnet.durations import format_duration, parse_duration
 from carnet.errors import ConfigError
-
 from carnet_broker.cli.output import cli_errors, json_option, show
 from carnet_broker.core.keyring import Keyring
 from carnet_broker.core.keyring_document import keyring_of_content
@@ -26,14 +26,14 @@ NO_ANSWER: Final = 4
 _LOOK_EVERY: Final = 0.25
 
 
-class _Duration(click.ParamType):
+class _Duration(click.ParamType[timedelta]):
     name = "duration"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
         if isinstance(value, timedelta):
             return value
         try:
-            return parse_duration(value)
+            return parse_duration(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -44,18 +44,29 @@ def _vault_options(command: Callable[..., Any]) -> Callable[..., Any]:
         (
             click.option("--vault-addr", envvar="VAULT_ADDR", show_envvar=True, help="URL of Vault or OpenBao."),
             click.option(
-                "--vault-cacert", type=click.Path(path_type=Path), envvar="VAULT_CACERT", show_envvar=True,
+                "--vault-cacert",
+                type=click.Path(path_type=Path),
+                envvar="VAULT_CACERT",
+                show_envvar=True,
                 help="PEM file of the CAs that vouch for Vault.",
             ),
             click.option("--vault-namespace", envvar="VAULT_NAMESPACE", show_envvar=True, help="Vault namespace."),
             click.option("--role-id", envvar="VAULT_ROLE_ID", show_envvar=True, help="AppRole role id."),
             click.option(
-                "--secret-id-file", type=click.Path(path_type=Path), envvar="VAULT_SECRET_ID_FILE", show_envvar=True,
+                "--secret-id-file",
+                type=click.Path(path_type=Path),
+                envvar="VAULT_SECRET_ID_FILE",
+                show_envvar=True,
                 help="File with the AppRole secret id; or set VAULT_SECRET_ID.",
             ),
             click.option(
-                "--env", "environment", envvar="CARNET_ENVIRONMENT", show_envvar=True, default="prod",
-                show_default=True, help="The environment whose keys are meant.",
+                "--env",
+                "environment",
+                envvar="CARNET_ENVIRONMENT",
+                show_envvar=True,
+                default="prod",
+                show_default=True,
+                help="The environment whose keys are meant.",
             ),
             click.option("--kv-mount", default="carnet", show_default=True, help="Mount of the KV v2 engine."),
             click.option("--approle-mount", default="approle", show_default=True, help="Mount of AppRole."),
@@ -117,7 +128,11 @@ def keys() -> None:
 @click.option("--wait", is_flag=True, help="Return when the new key signs, not when the request is accepted.")
 @click.option("--now", is_flag=True, help="Do not wait for verifiers. Needs the carnet-breakglass role.")
 @click.option(
-    "--timeout", type=_Duration(), default="30m", show_default=True, help="How long to wait for the new key with --wait."
+    "--timeout",
+    type=_Duration(),
+    default="30m",
+    show_default=True,
+    help="How long to wait for the new key with --wait.",
 )
 @click.option(
     "--answer-within", type=_Duration(), default="1m", show_default=True, help="How long to wait for a broker's answer."
@@ -133,7 +148,7 @@ def rotate(
     timeout: timedelta,
     answer_within: timedelta,
     as_json: bool,
-    **vault: Any,
+    **vault: Any,  # noqa: ANN401 - the options of `_client`, which names their types
 ) -> None:
     """Ask the brokers for a new signing key.
 
@@ -194,7 +209,7 @@ def _follow(
 @_vault_options
 @json_option
 @cli_errors
-def status(*, as_json: bool, **vault: Any) -> None:
+def status(*, as_json: bool, **vault: Any) -> None:  # noqa: ANN401 - as above
     """Show every signing key: its state, its age, and what comes next.
 
     Exit code: 0, 2 bad input or a role that may not, 4 Vault cannot be asked.

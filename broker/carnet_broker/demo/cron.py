@@ -10,18 +10,21 @@ import os
 import sys
 
 import grpc
+
 from carnet import Client
 from carnet.errors import CarnetError
 from carnet.grpc import secure_channel
-
 from carnet_broker.demo.shop import AUDIENCE, SERVER_NAME, charge
 
 
 def main() -> None:
     """Charge once."""
-    with Client() as client, secure_channel(
-        os.environ["PAYMENTS_TARGET"], client=client, audience=AUDIENCE, scopes=["charge"], server_name=SERVER_NAME
-    ) as channel:
+    with (
+        Client() as client,
+        secure_channel(
+            os.environ["PAYMENTS_TARGET"], client=client, audience=AUDIENCE, scopes=["charge"], server_name=SERVER_NAME
+        ) as channel,
+    ):
         print(json.dumps(charge(channel, amount=1)), flush=True)
 
 

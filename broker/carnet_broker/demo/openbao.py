@@ -31,12 +31,13 @@ from typing import Any, Final, Self
 
 import hvac
 import requests
-from carnet.errors import CarnetError, ConfigError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hvac.exceptions import VaultError
+
+from carnet.errors import CarnetError, ConfigError
 
 __all__ = ["OpenBao", "OpenBaoError", "openbao_binary"]
 

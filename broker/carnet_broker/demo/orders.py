@@ -15,10 +15,10 @@ import threading
 import time
 
 import grpc
+
 from carnet import Client
 from carnet.errors import CarnetError
 from carnet.grpc import secure_channel
-
 from carnet_broker.demo.shop import AUDIENCE, SERVER_NAME, charge
 
 
@@ -30,9 +30,12 @@ def main() -> None:
     pause = 1 / float(os.environ.get("ORDERS_PER_SECOND", "20"))
     calls = failures = 0
     last_failure = ""
-    with Client() as client, secure_channel(
-        os.environ["PAYMENTS_TARGET"], client=client, audience=AUDIENCE, server_name=SERVER_NAME
-    ) as channel:
+    with (
+        Client() as client,
+        secure_channel(
+            os.environ["PAYMENTS_TARGET"], client=client, audience=AUDIENCE, server_name=SERVER_NAME
+        ) as channel,
+    ):
         told_at = time.monotonic()
         while not stop.wait(pause):
             calls += 1

@@ -12,16 +12,16 @@ from itertools import count
 from typing import Any, Final
 
 import grpc
-from carnet import Client
-from carnet.errors import RequestDeniedError
-from carnet.grpc import secure_channel
-from carnet.tls import secure_channel as tls_channel
-from carnet.claims import claims_of_payload
-from carnet.verify import assemble, encode_unsigned, parse_unverified, raw_signature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 
+from carnet import Client
+from carnet.claims import claims_of_payload
+from carnet.errors import RequestDeniedError
+from carnet.grpc import secure_channel
+from carnet.tls import secure_channel as tls_channel
+from carnet.verify import assemble, encode_unsigned, parse_unverified, raw_signature
 from carnet_broker.demo.shop import AUDIENCE, CHARGE, SERVER_NAME, charge, decode, encode
 from carnet_broker.demo.stage import Stage
 
@@ -56,16 +56,14 @@ def _client(stage: Stage, workload: str) -> Iterator[Client]:
 
 
 def _call_with(stage: Stage, workload: str, token: str) -> dict[str, Any] | grpc.RpcError:
-    """Call payments over a connection of `workload` with a token of one's own choice; return the answer or the error."""
+    """Call payments over a connection of `workload` with any token; return the answer or the error."""
     channel = tls_channel(
         stage.payments, identity=stage.identity(workload), ca_pem=stage.ca_file.read_bytes(), server_name=SERVER_NAME
     )
     with channel:
         call = channel.unary_unary(CHARGE, request_serializer=encode, response_deserializer=decode)
         try:
-            answer: dict[str, Any] = call(
-                {"amount": 1}, timeout=5, metadata=[("authorization", f"Bearer {token}")]
-            )
+            answer: dict[str, Any] = call({"amount": 1}, timeout=5, metadata=(("authorization", f"Bearer {token}"),))
         except grpc.RpcError as error:
             return error
         return answer
@@ -80,9 +78,10 @@ def _must_refuse(answer: dict[str, Any] | grpc.RpcError, tell: Tell) -> None:
 
 
 def _allowed(stage: Stage, tell: Tell) -> None:
-    with _client(stage, "orders") as client, secure_channel(
-        stage.payments, client=client, audience=AUDIENCE, server_name=SERVER_NAME
-    ) as channel:
+    with (
+        _client(stage, "orders") as client,
+        secure_channel(stage.payments, client=client, audience=AUDIENCE, server_name=SERVER_NAME) as channel,
+    ):
         answer = charge(channel, 100)
         token = client.get_token(AUDIENCE)
     tell(f"payments: {json.dumps(answer)}")
@@ -93,8 +92,19 @@ def _allowed(stage: Stage, tell: Tell) -> None:
 def _refused_scope(stage: Stage, tell: Tell) -> None:
     _must_deny(stage, tell, AUDIENCE, ["refund"], "SCOPE_NOT_GRANTED")
     explained = stage.run(
-        ["carnet_broker", "policy", "explain", "--policy", str(stage.policy_file), "--audience", AUDIENCE,
-         "--workload", "spiffe://prod.example/ns/shop/sa/orders", "--scope", "refund"],
+        [
+            "carnet_broker",
+            "policy",
+            "explain",
+            "--policy",
+            str(stage.policy_file),
+            "--audience",
+            AUDIENCE,
+            "--workload",
+            "spiffe://prod.example/ns/shop/sa/orders",
+            "--scope",
+            "refund",
+        ],
         {},
     )
     _require(explained.returncode == 1, f"policy explain ended with {explained.returncode}, not 1 (denied)")
@@ -145,7 +155,7 @@ def _staging(stage: Stage, tell: Tell) -> None:
 def _signing_key(stage: Stage, kid: str) -> ec.EllipticCurvePrivateKey:
     """Return the signing key, which only the root of this throw-away Vault can read."""
     path = f"carnet/data/prod/keys/{kid}"
-    entry = stage.vault.client().read(path)
+    entry: Any = stage.vault.client().read(path)
     key = serialization.load_pem_private_key(entry["data"]["data"]["private_key"].encode(), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         msg = f"{path} holds no P-256 key"
@@ -183,7 +193,7 @@ def _calls_with_fresh_tokens(stage: Stage, load: _Load, stop: threading.Event) -
             load.calls += 1
             try:
                 token = client.get_token(AUDIENCE, ttl=timedelta(milliseconds=60_000 + number)).value
-                call({"amount": 1}, timeout=5, metadata=[("authorization", f"Bearer {token}")])
+                call({"amount": 1}, timeout=5, metadata=(("authorization", f"Bearer {token}"),))
             except Exception as error:  # noqa: BLE001 - whatever it is, it counts
                 load.failures += 1
                 load.last_failure = str(error)
@@ -210,10 +220,13 @@ def _rotation(stage: Stage, tell: Tell) -> None:
         orders.terminate()
         orders.wait(15)
     lines = (stage.directory / "orders.out").read_text().splitlines()
-    told = json.loads(lines[-1]) if lines else {"calls": 0, "failures": 0, "last_failure": "it printed nothing"}
+    told: dict[str, Any] = (
+        json.loads(lines[-1]) if lines else {"calls": 0, "failures": 0, "last_failure": "it printed nothing"}
+    )
     by_key = load.by_key or {}
     tell(f"orders: {told['calls']} calls, {told['failures']} failures")
-    tell(f"fresh tokens: {load.calls} calls, {load.failures} failures, signed by {len(by_key)} keys: {list(by_key.values())}")
+    signed = f"signed by {len(by_key)} keys: {list(by_key.values())}"
+    tell(f"fresh tokens: {load.calls} calls, {load.failures} failures, {signed}")
     _require(told["calls"] > 0 and told["failures"] == 0, f"orders failed: {told['last_failure']}")
     _require(load.failures == 0, f"a call with a fresh token failed: {load.last_failure}")
     _require(len(by_key) > 1, "the calls saw one key only, so this shows no rotation")
@@ -235,5 +248,3 @@ SCENES: Final = (
     Scene("CI rotates the signing key through Vault while calls are running: none fails", _rotation),
     Scene("CI wants to skip the wait for verifiers: refused, that takes breakglass", _ci_cannot_read),
 )
-
-

@@ -23,7 +23,6 @@ from typing import Final, Self
 
 from carnet import Identity
 from carnet.errors import CarnetError
-
 from carnet_broker.demo.openbao import OpenBao
 
 __all__ = ["ISSUER", "Stage", "StageError"]
@@ -218,8 +217,15 @@ class Stage:
         tell("bootstrap: PKI with a role for each workload, KV, Transit, AppRoles, least-privilege policies")
         workloads = [argument for workload in _WORKLOADS.values() for argument in ("--workload", workload)]
         self._script(
-            "bootstrap_vault.py", "setup", "--env", "prod", "--trust-domain", TRUST_DOMAIN, *workloads,
-            "--credentials-dir", str(self.directory / "credentials"),
+            "bootstrap_vault.py",
+            "setup",
+            "--env",
+            "prod",
+            "--trust-domain",
+            TRUST_DOMAIN,
+            *workloads,
+            "--credentials-dir",
+            str(self.directory / "credentials"),
         )
         tell(f"certificates for {', '.join(_WORKLOADS)}")
         out = str(self.directory / "identities")

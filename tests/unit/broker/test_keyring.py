@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+
 from carnet_broker.core.keyring import (
     MAX_PUBLISHED_KEYS,
     TRANSITIONS,
@@ -213,7 +214,9 @@ def test_a_revoked_key_never_comes_back():
     """Not under a higher generation either, and not by being forgotten."""
     current = running().with_revoked(jwk(1).kid, T0, TIMING)
     for state in (KeyState.STANDBY, None):
-        keys = tuple(replace(k, state=state) if k.kid == jwk(1).kid else k for k in current.keys if state or k.kid != jwk(1).kid)
+        keys = tuple(
+            replace(k, state=state) if k.kid == jwk(1).kid else k for k in current.keys if state or k.kid != jwk(1).kid
+        )
         loaded = replace(current, generation=current.generation + 5, keys=keys)
         with pytest.raises(KeyringRegressionError, match="no longer says"):
             check_succession(current, loaded)

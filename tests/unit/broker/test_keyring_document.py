@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+
 from carnet_broker.core.keyring import Keyring
 from carnet_broker.core.keyring_document import InvalidKeyringError, keyring_of_content, keyring_to_content
 from support.keyrings import ISSUER, T0, TIMING, jwk, running

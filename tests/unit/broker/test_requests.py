@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 import pytest
+
 from carnet_broker.core.keyring import Keyring, Wish
 from carnet_broker.core.requests import (
     RequestKind,

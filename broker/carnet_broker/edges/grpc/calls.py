@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
 from time import perf_counter
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 import grpc
-from carnet.errors import CarnetError
 
+from carnet.errors import CarnetError
 from carnet_broker.core.workload import Workload
 from carnet_broker.edges.grpc.status import SlowRequestError, status_of_error
 
@@ -63,30 +63,32 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
+    ) -> Handler | None:
         """Return the handler, wrapped; None, which is UNIMPLEMENTED, for an unknown method."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
             return None
-        serve, method = handler.unary_unary, handler_call_details.method
+        # The stubs know the form of the synchronous server only.
+        serve = cast("Callable[[Any, Context], Awaitable[Any]]", handler.unary_unary)
+        method = handler_call_details.method
 
-        async def answer(_: object, context: Context) -> Any:
+        async def answer(_: object, context: Context) -> Any:  # noqa: ANN401 - a message of any method
             started = perf_counter()
             try:
-                _CALLER.set(self._authenticate(context.auth_context()))
+                _CALLER.set(self._authenticate(cast("AuthContext", context.auth_context())))
                 response = await serve(await self._read(context), context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status and no detail
                 status = self._status(method, error)
             else:
                 self._events.answered(method, perf_counter() - started)
                 return response
-            await context.abort(status.code, status.details, status.trailing_metadata)
+            return await context.abort(status.code, status.details, status.trailing_metadata)  # which raises
 
         return grpc.stream_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
 
-    async def _read(self, context: Context) -> Any:
+    async def _read(self, context: Context) -> Any:  # noqa: ANN401 - as above
         """Return the request, or raise `SlowRequestError`."""
         try:
             async with asyncio.timeout(self._read_within):

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import grpc
+
 from carnet.errors import ConfigError
 
 __all__ = ["ListenerLimits", "TlsPems", "bind", "new_server", "server_credentials"]
@@ -53,9 +54,7 @@ def server_credentials(pems: Callable[[], TlsPems]) -> grpc.ServerCredentials:
             [(current.private_key, current.certificate_chain)], current.client_ca
         )
 
-    return grpc.dynamic_ssl_server_credentials(
-        configuration(), configuration, require_client_authentication=True
-    )
+    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=True)
 
 
 def new_server(limits: ListenerLimits, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:

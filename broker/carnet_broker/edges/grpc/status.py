@@ -11,13 +11,13 @@ from datetime import timedelta
 from typing import Final
 
 import grpc
-from carnet.errors import CarnetError
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from carnet.errors import CarnetError
 from carnet_broker.core.workload import UnauthenticatedError
-from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
+from carnet_broker.issuance import RefusalReason, RefusedError
 
 __all__ = ["CODES", "DOMAIN", "SlowRequestError", "UnavailableError", "rich_status", "status_of_error"]
 
@@ -65,9 +65,7 @@ def status_of_error(error: BaseException) -> grpc.Status:
     return rich_status(grpc.StatusCode.INTERNAL, "INTERNAL", _INTERNAL_TEXT)
 
 
-def rich_status(
-    code: grpc.StatusCode, reason: str, message: str, retry_after: timedelta | None = None
-) -> grpc.Status:
+def rich_status(code: grpc.StatusCode, reason: str, message: str, retry_after: timedelta | None = None) -> grpc.Status:
     """Return a gRPC status with its details (google.rpc.Status, AIP-193)."""
     status = status_pb2.Status(code=code.value[0], message=message)
     info = any_pb2.Any()

@@ -6,14 +6,14 @@ from datetime import timedelta
 from typing import Final
 
 import grpc
-from carnet.v1 import token_pb2, token_pb2_grpc
 
+from carnet.v1 import token_pb2, token_pb2_grpc
 from carnet_broker.edges.grpc.calls import caller
 from carnet_broker.edges.grpc.status import CODES
 from carnet_broker.issuance import Issued, Issuer, Refusal, RefusalReason, RefusedError, TokenRequest
 from carnet_broker.ports import Clock
 
-__all__ = ["MAX_BATCH", "TokenServicer"]
+__all__ = ["MAX_BATCH", "TokenServicer", "parse", "response", "result"]
 
 MAX_BATCH: Final = 64
 """Requests in one IssueTokens call."""
@@ -28,18 +28,18 @@ class TokenServicer(token_pb2_grpc.TokenServiceServicer):
         self._issuer = issuer
         self._clock = clock
 
-    async def IssueToken(  # type: ignore[override]  # noqa: N802 - the stubs type the sync form; the name in the proto
+    async def IssueToken(  # noqa: N802 - the name in the proto
         self, request: token_pb2.IssueTokenRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> token_pb2.IssueTokenResponse:
         """Issue one token, or raise `RefusedError`."""
         del context
         now, mono = self._clock.now(), self._clock.mono()
-        (answer,) = await self._issuer.issue(caller(), [_request(request)], now=now, mono=mono)
+        (answer,) = await self._issuer.issue(caller(), [parse(request)], now=now, mono=mono)
         if isinstance(answer, RefusedError):
             raise answer
-        return _response(answer)
+        return response(answer)
 
-    async def IssueTokens(  # type: ignore[override]  # noqa: N802 - as above
+    async def IssueTokens(  # noqa: N802 - as above
         self, request: token_pb2.IssueTokensRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> token_pb2.IssueTokensResponse:
         """Answer each request of a batch."""
@@ -48,12 +48,13 @@ class TokenServicer(token_pb2_grpc.TokenServiceServicer):
             refusal = Refusal(RefusalReason.INVALID_REQUEST, f"requests: one to {MAX_BATCH} in a call")
             raise RefusedError(refusal)
         now, mono = self._clock.now(), self._clock.mono()
-        asked = [_request(one) for one in request.requests]
+        asked = [parse(one) for one in request.requests]
         answers = await self._issuer.issue(caller(), asked, now=now, mono=mono)
-        return token_pb2.IssueTokensResponse(results=[_result(answer) for answer in answers])
+        return token_pb2.IssueTokensResponse(results=[result(answer) for answer in answers])
 
 
-def _request(message: token_pb2.IssueTokenRequest) -> TokenRequest:
+def parse(message: token_pb2.IssueTokenRequest) -> TokenRequest:
+    """Return what a caller asks for; `Issuer` checks it."""
     ttl: timedelta | None = None
     if message.HasField("ttl"):
         seconds, nanos = message.ttl.seconds, message.ttl.nanos
@@ -63,18 +64,20 @@ def _request(message: token_pb2.IssueTokenRequest) -> TokenRequest:
     return TokenRequest(message.audience, tuple(message.scopes), ttl)
 
 
-def _response(issued: Issued) -> token_pb2.IssueTokenResponse:
-    response = token_pb2.IssueTokenResponse(
+def response(issued: Issued) -> token_pb2.IssueTokenResponse:
+    """Return a finished token as it goes over the wire."""
+    message = token_pb2.IssueTokenResponse(
         token=issued.token, scopes=issued.draft.claims.scopes, ttl_shortened=issued.draft.shortened
     )
-    response.expires_in.FromTimedelta(issued.expires_in)
-    response.refresh_in.FromTimedelta(issued.refresh_in)
-    return response
+    message.expires_in.FromTimedelta(issued.expires_in)
+    message.refresh_in.FromTimedelta(issued.refresh_in)
+    return message
 
 
-def _result(answer: Issued | RefusedError) -> token_pb2.IssueTokenResult:
+def result(answer: Issued | RefusedError) -> token_pb2.IssueTokenResult:
+    """Return one result of a batch."""
     if isinstance(answer, Issued):
-        return token_pb2.IssueTokenResult(issued=_response(answer))
+        return token_pb2.IssueTokenResult(issued=response(answer))
     refusal = answer.refusal
     refused = token_pb2.IssueTokenRefusal(
         code=CODES[refusal.reason].value[0], reason=refusal.reason, message=refusal.message

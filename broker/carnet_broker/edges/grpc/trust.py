@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import grpc
-from carnet.v1 import trust_pb2, trust_pb2_grpc
 
+from carnet.v1 import trust_pb2, trust_pb2_grpc
 from carnet_broker.core.admission import Admission
 from carnet_broker.edges.grpc.calls import caller
 from carnet_broker.edges.grpc.status import UnavailableError
@@ -37,17 +37,19 @@ class TrustServicer(trust_pb2_grpc.TrustServiceServicer):
         self._max_age = max_age
         self._read_again = read_again
 
-    async def GetKeySet(  # type: ignore[override]  # noqa: N802 - the stubs type the sync form; the name in the proto
+    async def GetKeySet(  # noqa: N802 - the name in the proto
         self, request: trust_pb2.GetKeySetRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> trust_pb2.GetKeySetResponse:
-        """Return the published keys. Raises `UnavailableError` rather than give an empty set, or one known to be old."""
+        """Return the published keys. Raises `UnavailableError` rather than give an empty or a known old set."""
         del context
         retry_after = self._admission.admit(str(caller().spiffe_id), 1, self._clock.mono())
         if retry_after is not None:
             refusal = Refusal(RefusalReason.TOO_MANY_REQUESTS, "too many requests of this workload", retry_after)
             raise RefusedError(refusal)
-        if self._misses(request.missing_key_id) and not await self._read_again() and self._misses(
-            request.missing_key_id
+        if (
+            self._misses(request.missing_key_id)
+            and not await self._read_again()
+            and self._misses(request.missing_key_id)
         ):
             msg = "the caller misses a key, and Vault cannot be asked for it"
             raise UnavailableError(msg)
