@@ -145,6 +145,12 @@ def test_grants_of_one_workload_add_up_scope_by_scope() -> None:
     assert timedelta(minutes=1) == granted(longer.decide(CRON, "payments")).max_ttl
 
 
+def test_of_grants_that_give_the_same_the_first_decides() -> None:
+    """So that the rule in an audit record does not depend on how the index is built."""
+    text = changed("scopes: [charge] }", "scopes: [charge, report], max_ttl: 1m }")
+    assert "policy.yaml:15: grants[0]" == granted(load_policy(text, "policy.yaml").decide(ORDERS, "payments")).rule
+
+
 def test_acting_for_another_adds_up_from_the_grants_that_allow_it_alone() -> None:
     """Every scope has to come from such a grant, and lives no longer than that grant says."""
     text = changed("audience: payments, scopes: [report], max_ttl: 1m", "audience: payments, scopes: [charge, report]")

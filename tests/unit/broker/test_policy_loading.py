@@ -375,6 +375,13 @@ def test_b12_parts_that_do_not_fit_together_are_refused(old: str, new: str, expe
     assert (f"policy.yaml:{expected}",) == refusal(changed(old, new))
 
 
+def test_a_grant_may_be_as_long_as_its_audience() -> None:
+    """The twin of the one that is longer by a second."""
+    assert (
+        timedelta(minutes=10) == load_policy(changed("max_ttl: 1m", "max_ttl: 600s"), "policy.yaml").grants[1].max_ttl
+    )
+
+
 def test_the_same_workload_may_have_another_scope_in_another_grant() -> None:
     """The twin of the refused repetition: the two add up."""
     text = changed(f"  - {MAIL_GRANT}", f"  - {MAIL_GRANT}\n  - {ORDERS_GRANT.replace('charge', 'refund')}")
