@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from datetime import UTC, datetime, timedelta
 
@@ -114,7 +115,9 @@ class CacheModel(RuleBasedStateMachine):
 
     @rule()
     def process_forks(self) -> None:
-        """The child goes on with the same tokens, and with nothing in flight."""
+        """The child goes on with the same tokens, and with nothing in flight: what was, it asks for itself."""
+        for key in self.in_flight:
+            self.begun[key] = -math.inf
         self.cache = self.cache.copy_idle(random.Random(1))  # noqa: S311 - jitter
         self.in_flight.clear()
 
