@@ -214,6 +214,34 @@ class TestClient:
         time.sleep(0.5)
         assert calls == len(broker.issue_calls) <= 3
 
+    def test_idle_token_is_refreshed_once_it_is_used_again(self, make_client: MakeClient, broker: BrokerStub) -> None:
+        """A caller that comes back late still gets the idle token at once, and the refreshing goes on."""
+        broker.life = timedelta(seconds=1)
+        client = make_client()
+        client.get_token("payments")
+        assert eventually(lambda: len(broker.issue_calls) == 2)
+        time.sleep(0.85)  # Past the time for a third, which nobody's use asks for; the second is still good.
+        assert 2 == len(broker.issue_calls)
+        client.get_token("payments")
+        assert eventually(lambda: len(broker.issue_calls) == 3)
+
+    def test_identity_that_is_no_longer_used_is_let_go(
+        self, make_client: MakeClient, broker: BrokerStub, ca: CertificateAuthority, identity: Identity
+    ) -> None:
+        """After a renewal the old certificate, and the connection that shows it, do not stay for ever."""
+        broker.life = timedelta(milliseconds=400)
+        client, old = make_client(), identity_of(ca)
+        client.get_token("payments", identity=old)
+        engine = next(iter(client._engines.values()))
+        assert {old.thumbprint} == {where[1] for where in engine._connections._connections}
+
+        def only_own_is_left() -> bool:
+            client.get_token("payments")
+            return {identity.thumbprint} == set(engine._identities)
+
+        assert eventually(only_own_is_left)
+        assert {identity.thumbprint} == {where[1] for where in engine._connections._connections}
+
     def test_valid_token_outlives_the_broker(self, make_client: MakeClient, broker: BrokerStub) -> None:
         """A dead broker costs nothing while the token lives; then the error is typed; then all recovers by itself."""
         broker.life = timedelta(seconds=2)
@@ -529,12 +557,25 @@ def test_client_goes_on_in_both_processes_after_a_fork(
     assert ["ledger", "payments", "stock"] == sorted(audiences(broker))
 
 
+FORGETFUL = """
+from datetime import timedelta
+from carnet import BrokerUnavailableError, Client
+
+client = Client()
+print(client.get_token("payments").audience)
+try:
+    client.get_token("ledger", timeout=timedelta(milliseconds=100))
+except BrokerUnavailableError:
+    print("waiting no longer")
+"""
+
+
 def test_process_that_never_closes_its_client_ends_in_silence(workload: dict[str, str], broker: BrokerStub) -> None:
-    """A script that forgets close() ends with exit code 0 and says nothing on stderr."""
-    broker.life = timedelta(seconds=1)
-    text = "from carnet import Client; client = Client(); print(client.get_token('payments').audience)"
-    done = run_script(text, workload)
-    assert (0, "payments\n", "") == (done.returncode, done.stdout, done.stderr)
+    """A script that forgets close() ends at once with a request under way: exit code 0, nothing on stderr."""
+    broker.token_faults.slow(0.8)
+    done = run_script(FORGETFUL, workload)
+    assert (0, "") == (done.returncode, done.stderr)
+    assert ["payments", "waiting no longer"] == done.stdout.splitlines()
 
 
 class TestAsyncClient:
@@ -614,6 +655,36 @@ class TestAsyncClient:
                 await asyncio.sleep(0.02)
                 latest = await client.get_token("payments")
         assert 2 == len(broker.issue_calls)
+
+    async def test_idle_token_is_refreshed_once_it_is_used_again(
+        self, make_async_client: MakeAsyncClient, broker: BrokerStub
+    ) -> None:
+        """A task that comes back late still gets the idle token at once, and the refreshing goes on."""
+        broker.life = timedelta(seconds=1)
+        async with make_async_client() as client:
+            await client.get_token("payments")
+            assert await eventually_async(lambda: len(broker.issue_calls) == 2)
+            await asyncio.sleep(0.85)  # Past the time for a third, which nobody's use asks for.
+            assert 2 == len(broker.issue_calls)
+            await client.get_token("payments")
+            assert await eventually_async(lambda: len(broker.issue_calls) == 3)
+
+    async def test_identity_that_is_no_longer_used_is_let_go(
+        self, make_async_client: MakeAsyncClient, broker: BrokerStub, ca: CertificateAuthority, identity: Identity
+    ) -> None:
+        """After a renewal the old certificate, and the connection that shows it, do not stay for ever."""
+        broker.life = timedelta(milliseconds=400)
+        old = identity_of(ca)
+        async with make_async_client() as client:
+            await client.get_token("payments", identity=old)
+            engine = client._engine
+            assert {old.thumbprint} == {where[1] for where in engine._connections._connections}
+            deadline = time.monotonic() + 10
+            while {identity.thumbprint} != set(engine._identities):
+                assert time.monotonic() < deadline
+                await client.get_token("payments")
+                await asyncio.sleep(0.01)
+            assert {identity.thumbprint} == {where[1] for where in engine._connections._connections}
 
     async def test_valid_token_outlives_the_broker(
         self, make_async_client: MakeAsyncClient, broker: BrokerStub
