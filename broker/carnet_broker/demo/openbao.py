@@ -193,7 +193,9 @@ class OpenBao:
 
     def pause(self) -> None:
         """Stop the process where it is: connections are accepted by the kernel, and never answered."""
-        self._running().send_signal(signal.SIGSTOP)
+        process = self._running()
+        process.send_signal(signal.SIGSTOP)
+        self._wait(lambda: _is_stopped(process.pid), "stand still")  # Each of its threads takes its own time.
 
     def resume(self) -> None:
         """Let a paused process go on."""
@@ -315,6 +317,15 @@ def _status(client: hvac.Client) -> int:
     """Return the HTTP status of the health endpoint, which is how it says what state the server is in."""
     answer = client.sys.read_health_status(method="GET")
     return 200 if isinstance(answer, dict) else answer.status_code
+
+
+def _is_stopped(pid: int) -> bool:
+    """Say whether every thread of a process is stopped (proc(5), the field after the name)."""
+    try:
+        stats = [path.read_text(encoding="ascii") for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:
+        return False  # One of them ended meanwhile.
+    return bool(stats) and all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def _is_done(answer: object) -> bool:

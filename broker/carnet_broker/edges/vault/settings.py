@@ -15,7 +15,8 @@ from carnet.errors import ConfigError
 
 __all__ = ["SecretFile", "SecretValue", "VaultSettings"]
 
-_HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9A-Fa-f:.]+")
+_LABEL: Final = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*|[0-9A-Fa-f:.]+")
 _SEGMENTS: Final = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+")
 _SECRET: Final = re.compile(r"[!-~]{1,1024}")
@@ -115,7 +116,7 @@ class VaultSettings:
         return urlsplit(self.address).scheme == "https"
 
     def _check_address(self) -> None:
-        shown = f"the address of Vault {self.address[:80]!r}"
+        shown = "the address of Vault" if "@" in self.address else f"the address of Vault {self.address[:80]!r}"
         try:
             url = urlsplit(self.address)
             host, port = url.hostname or "", url.port
