@@ -265,7 +265,7 @@ class _Engine:
         if isinstance(ended, Failure):
             self._cache.fail(flight.key, ended, mono=time.monotonic(), now=datetime.now(UTC))
             if flight.background:
-                _log.warning("refresh failed, the token at hand stays: %s", ended.message)
+                _log.warning("a token could not be refreshed: %s", ended.message)
         del self._flights[flight.key]
         self._schedule()
 

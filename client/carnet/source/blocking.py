@@ -286,7 +286,7 @@ class _Engine:
                 attempt.outcome.set_result(token)
             case Failure(message):
                 if flight.background:
-                    _log.warning("refresh failed, the token at hand stays: %s", message)
+                    _log.warning("a token could not be refreshed: %s", message)
                 attempt.outcome.set_result(ended)
 
     def _settle(self, flight: Flight, result: Issued | Miss) -> Issued | Failure | None:
