@@ -1,0 +1,111 @@
+"""``make prove``: the long proofs with their full counts, one at a time, with the figures in ``docs/measurements``.
+
+Each proof is a test of `make test` that takes its count from `support.counts`. ``run.py NAME...`` runs some of them.
+A proof that fails leaves the last figures as they are; the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import click
+
+ROOT = Path(__file__).parents[2]
+MEASUREMENTS = ROOT / "docs" / "measurements"
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One proof: what it shows, the tests that show it, and the longest that it may take."""
+
+    shows: str
+    tests: tuple[str, ...]
+    minutes: int = 25
+
+
+PROOFS = {
+    "rotations_under_load": Proof(
+        "rotations by CI under load refuse no good token", ("tests/e2e/test_rotation_under_load.py",)
+    ),
+    "simultaneous_rotations": Proof(
+        "two requests at the same moment cause one rotation; brokers killed at any moment lose nothing",
+        ("tests/integration/test_two_rotations.py",),
+    ),
+    "keyring_model": Proof(
+        "the keyring and its driver against models of replicas, pollers, crashes and outages",
+        ("tests/property/test_keyring_machine.py", "tests/property/test_rotation_machine.py"),
+    ),
+    "verifier_properties": Proof(
+        "what our verifier accepts, others accept too; no change of a token is accepted",
+        ("tests/property/test_verify_properties.py", "tests/property/test_verify_differential.py"),
+    ),
+    "token_cache_model": Proof("a valid token is always given out", ("tests/property/test_cache_model.py",)),
+    "unknown_keys": Proof(
+        "a flood of unknown keys causes one fetch and harms no good verification", ("tests/integration/test_trust.py",)
+    ),
+}
+
+
+def _run(name: str, proof: Proof) -> bool:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        environment = os.environ | {"CARNET_COUNTS": "full", "CARNET_MEASUREMENTS": place}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "--timeout=1500", f"--junitxml={report}", *proof.tests]
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, timeout=proof.minutes * 60, check=False)
+        except subprocess.TimeoutExpired:
+            click.echo(f"{name}: not done within {proof.minutes} minutes", err=True)
+            return False
+        if done.returncode != 0:
+            return False
+        suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314 - written by pytest, just now
+        assert suite is not None
+        figures = {
+            file.stem: json.loads(file.read_text())["figures"] for file in sorted(Path(place).glob("*.json"))
+        }
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    content = {
+        "shows": proof.shows,
+        "command": f"make prove ({name})",
+        "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+        "tests": int(suite.attrib["tests"]),
+        "seconds": round(time.monotonic() - started),
+        "figures": figures,
+    }
+    MEASUREMENTS.mkdir(parents=True, exist_ok=True)
+    (MEASUREMENTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    return True
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=click.Choice(sorted(PROOFS)))
+def main(names: tuple[str, ...]) -> None:
+    """Run the proofs NAMES, or all of them."""
+    failed = []
+    for name in names or PROOFS:
+        click.echo(f"== {name}: {PROOFS[name].shows}")
+        if not _run(name, PROOFS[name]):
+            failed.append(name)
+    if failed:
+        click.echo(f"failed: {', '.join(failed)}", err=True)
+        raise SystemExit(1)
+    click.echo("prove: all passed")
+
+
+if __name__ == "__main__":
+    main()
