@@ -1,8 +1,8 @@
 """Many threads, one disk: whoever comes while another writes waits in a group that is written at once.
 
 The first caller that finds nobody writing writes for itself. Those that come meanwhile are the next group, and the
-first of them writes for all. That costs less CPU than handing each record to a thread that only writes, and nothing at
-all where calls come one by one.
+first of them writes for all. With few callers that costs less CPU than handing each record to a thread that only
+writes (``tests/bench/group_write.py``).
 """
 
 from __future__ import annotations
