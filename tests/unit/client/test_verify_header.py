@@ -269,7 +269,9 @@ def test_j11_j32_a_header_that_two_parsers_may_read_differently_is_refused(head:
     assert MALFORMED is refusal(token(("{" + head + "}").encode()))
 
 
-@pytest.mark.parametrize("name", ["alg ", " alg", "ALG", "Alg", "al", "", "\N{CYRILLIC SMALL LETTER A}lg", "alg\u200b", "alg\u0000"])
+@pytest.mark.parametrize(
+    "name", ["alg ", " alg", "ALG", "Alg", "al", "", "\N{CYRILLIC SMALL LETTER A}lg", "alg\u200b", "alg\u0000"]
+)
 def test_j32_a_look_alike_of_a_member_is_refused(name: str) -> None:
     """White space, case and other scripts: beside alg, and in its place."""
     assert MALFORMED is refusal(token(compact(header()).replace(b"}", b"," + compact({name: "none"})[1:])))
