@@ -24,6 +24,7 @@ from carnet.encoding import base64url
 from carnet.errors import InvalidTokenError
 from carnet.jwk import KeySet
 from support.counts import count
+from support.measurements import record
 from support.second_opinion import SecondOpinion
 from support.tokens import AUDIENCE, ISSUER, JWK, KEY, OTHER_JWK, OTHER_KEY, OTHER_PEER, PEER, accept, compact, sign
 
@@ -232,6 +233,8 @@ def test_j30_what_passes_here_passes_pyjwt_and_joserfc_and_nothing_faulty_passes
             wrong.append((number, fault, "PyJWT"))
         if passed and not OTHERS.joserfc_accepts(text, leeway=leeway, now=now):
             wrong.append((number, fault, "joserfc"))
+    kinds = {kind or "right": number for kind, number in sorted(seen.items())}
+    record("differential", {"tokens": seen.total(), "kinds": kinds, "counterexamples": len(wrong)})
     assert [] == wrong
     assert {"", *(fault.__name__ for fault in FAULTS)} == set(seen)
 
@@ -267,11 +270,13 @@ def test_j30_the_second_opinions_refuse_what_they_should() -> None:
 def test_j30_the_second_opinions_alone_would_let_faulty_tokens_pass() -> None:
     """Why the form is read strictly first: of these each library accepts some (RFC 8725 sections 2.4 and 3.11)."""
     now = datetime.now(UTC)
-    let_through = {"PyJWT": 0, "joserfc": 0}
-    for number in range(1000):
+    let_through = {"faulty": 0, "PyJWT": 0, "joserfc": 0}
+    for number in range(count("let_through", quick=1000, full=10_000)):
         text, fault, leeway = make(number, int(now.timestamp()))
         if fault:
             assert not passes(text, now)
+            let_through["faulty"] += 1
             let_through["PyJWT"] += OTHERS.pyjwt_accepts(text, leeway=leeway)
             let_through["joserfc"] += OTHERS.joserfc_accepts(text, leeway=leeway, now=now)
+    record("let_through", let_through)
     assert min(let_through.values()) > 0

@@ -317,6 +317,6 @@ def test_j11_a_document_that_is_not_strict_json_is_refused(text: str | bytes, me
         (RFC_9449_THUMBPRINT.encode(), False),
     ],
 )
-def test_a_thumbprint_is_43_signs_of_canonical_base64url(text: object, expected: bool) -> None:  # noqa: FBT001
+def test_a_thumbprint_is_43_signs_of_canonical_base64url(text: object, expected: bool) -> None:
     """The form alone: of a `kid`, and of a certificate's ``x5t#S256``."""
     assert expected is is_thumbprint(text)

@@ -143,7 +143,7 @@ def test_j22_a_subject_or_client_that_is_no_spiffe_id_is_refused(name: str, valu
 
 
 @pytest.mark.parametrize(("ahead", "good"), [(-31, False), (-30, False), (-1, False), (0, False), (1, True), (2, True)])
-def test_j19_exp_has_no_leeway(ahead: int, good: bool) -> None:  # noqa: FBT001
+def test_j19_exp_has_no_leeway(ahead: int, good: bool) -> None:
     """RFC 7519 section 4.1.4: on or after exp the token is over; 30 seconds of grace would be 30 seconds more."""
     text = token(None, payload(exp=seconds(NOW) + ahead, iat=seconds(NOW) - 60, nbf=seconds(NOW) - 60))
     if good:
@@ -161,7 +161,7 @@ def test_j19_a_token_is_good_to_the_last_microsecond() -> None:
 
 @pytest.mark.parametrize("name", ["nbf", "iat"])
 @pytest.mark.parametrize(("ahead", "good"), [(-1, True), (0, True), (29, True), (30, True), (31, False), (3600, False)])
-def test_j19_nbf_and_iat_have_30_seconds_of_leeway(name: str, ahead: int, good: bool) -> None:  # noqa: FBT001
+def test_j19_nbf_and_iat_have_30_seconds_of_leeway(name: str, ahead: int, good: bool) -> None:
     """Clocks differ; at the leeway itself the token is good."""
     text = token(None, payload(exp=seconds(NOW) + 7200, **{name: seconds(NOW) + ahead}))
     if good:
@@ -189,7 +189,7 @@ def test_j19_an_old_token_with_a_late_end_is_refused_for_its_life() -> None:
 
 
 @pytest.mark.parametrize(("life", "good"), [(86_399, True), (86_400, True), (86_401, False), (10**5, False)])
-def test_j18_a_life_over_the_limit_is_refused(life: int, good: bool) -> None:  # noqa: FBT001
+def test_j18_a_life_over_the_limit_is_refused(life: int, good: bool) -> None:
     """24 hours by default, with no leeway on top."""
     text = token(None, payload(exp=seconds(NOW) + life))
     if good:
