@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from carnet_broker.core.admission import Admission
@@ -133,6 +133,7 @@ def test_a_newcomer_to_a_full_table_owes_as_much_as_the_least_busy():
     assert 9 == admitted(admission, "new", 0.0)
 
 
+@settings(deadline=None)  # A busy machine is slow, and that is not what is tested here.
 @given(
     capacity=st.integers(8, 12),
     calls=st.lists(
@@ -152,6 +153,7 @@ def test_a_bounded_table_admits_nothing_that_an_unbounded_one_would_not(
             assert exact.admit(str(number), cost, mono) is None
 
 
+@settings(deadline=None)  # A busy machine is slow, and that is not what is tested here.
 @given(calls=st.lists(st.tuples(st.integers(1, 4), st.floats(0, 2, allow_nan=False)), min_size=1, max_size=200))
 def test_in_no_window_is_more_admitted_than_burst_and_rate_allow(calls: list[tuple[int, float]]):
     """The promise itself: at most burst + rate x length in any window."""
