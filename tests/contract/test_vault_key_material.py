@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import pickle
 
 import pytest
@@ -80,6 +81,26 @@ def test_k14_a_member_beside_the_key_is_refused_and_the_key_alone_accepted(vault
         store.signer(key)
     _put(vault_place, key, data)
     assert key.jwk.kid == store.signer(key).kid
+
+
+def test_k14_private_key_that_claims_the_public_half_of_another_is_refused(vault_place: VaultPlace):
+    """A key file names its public half beside the private one: that they belong together is shown, not believed."""
+    store = KvKeyStore(vault_place.session())
+    key = store.create()
+    stranger = ec.generate_private_key(ec.SECP256R1())
+    der = stranger.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    mixed = der.replace(_point(stranger.public_key()), _point(key.jwk.public_key))
+    assert mixed != der
+    pem = f"-----BEGIN PRIVATE KEY-----\n{base64.b64encode(mixed).decode()}\n-----END PRIVATE KEY-----\n"
+    _put(vault_place, key, {"private_key": pem})
+    with pytest.raises(KeyLostError):
+        store.signer(key)
+
+
+def _point(public_key: ec.EllipticCurvePublicKey) -> bytes:
+    return public_key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
 
 
 @pytest.mark.parametrize("how", ["soft-deleted", "destroyed", "wiped"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import requests
+
 from carnet.errors import ConfigError
 from carnet_broker.demo import openbao as launcher
 from carnet_broker.demo.openbao import OpenBao, OpenBaoError

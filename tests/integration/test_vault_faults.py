@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -215,6 +216,23 @@ def test_k05_vault_that_comes_up_after_the_broker(server: OpenBao, place: VaultP
         server.restart()
     time.sleep(0.5)
     session.check()
+
+
+def test_system_certificates_are_those_built_into_openssl(place: VaultPlace, monkeypatch: pytest.MonkeyPatch):
+    """Without a CA file the system's own certificates decide, in a file or in a directory, and no variable does."""
+    ca_file = str(place.server.ca_file)
+    monkeypatch.setenv("SSL_CERT_FILE", ca_file)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", ca_file)
+    monkeypatch.setenv("VAULT_CACERT", ca_file)
+    with pytest.raises(KeyStoreUnavailableError, match="TLS failed"):
+        place.session(ca_file=None).check()
+    paths = ssl.get_default_verify_paths()
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths._replace(openssl_cafile=ca_file))
+    place.session(ca_file=None).check()
+    nowhere = paths._replace(openssl_cafile="/nowhere", openssl_capath="/nowhere")
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: nowhere)
+    with pytest.raises(KeyStoreUnavailableError, match="TLS failed"):
+        place.session(ca_file=None).check()
 
 
 def test_k05_ca_that_does_not_vouch(place: VaultPlace, tmp_path: Path):

@@ -9,7 +9,6 @@ Connections are kept and used again. One on which the server has said something,
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import queue
 import select
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Answer", "AnswerTooLargeError", "Call", "ExchangeError", "Transport"]
+__all__ = ["Answer", "AnswerTooLargeError", "Call", "ExchangeError", "NotTrustedError", "Transport"]
 
 _MAX_IDLE: Final = 8
 _IDLE_SECONDS: Final = 30.0
@@ -32,6 +31,10 @@ _CHUNK: Final = 64 * 1024
 
 class ExchangeError(Exception):
     """There is no answer. The text is ours alone, and holds nothing that the other side said."""
+
+
+class NotTrustedError(ExchangeError):
+    """The server showed a certificate that is not trusted, or is not for its name."""
 
 
 class AnswerTooLargeError(ExchangeError):
@@ -144,7 +147,8 @@ class Transport:
         except ssl.SSLError as error:
             connection.close()
             msg = f"TLS failed ({_tls_reason(error)})"
-            raise ExchangeError(msg) from None
+            kind = NotTrustedError if isinstance(error, ssl.SSLCertVerificationError) else ExchangeError
+            raise kind(msg) from None
         except OSError as error:
             connection.close()
             msg = f"no connection ({error.strerror or type(error).__name__})"
@@ -203,8 +207,10 @@ class Transport:
         else:
             # The places built into OpenSSL. `load_default_certs` would let SSL_CERT_FILE of the environment decide.
             paths = ssl.get_default_verify_paths()
-            with contextlib.suppress(OSError):
-                context.load_verify_locations(cafile=paths.openssl_cafile, capath=paths.openssl_capath)
+            if Path(paths.openssl_cafile).is_file():
+                context.load_verify_locations(cafile=paths.openssl_cafile)
+            if Path(paths.openssl_capath).is_dir():
+                context.load_verify_locations(capath=paths.openssl_capath)
         plain.settimeout(_left(deadline))
         secured = context.wrap_socket(plain, server_hostname=self.host)
         if not isinstance(secured, _TlsSocket):  # `sslsocket_class` promises it; the deadline depends on it.
