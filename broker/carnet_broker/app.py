@@ -13,53 +13,48 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Final
 
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from carnet.durations import format_duration
 from carnet.errors import CarnetError, ConfigError
-from carnet.identity import Identity
-from carnet.spiffe import server_dns_name
 from carnet.v1 import token_pb2_grpc, trust_pb2_grpc
 from carnet_broker.config import BrokerConfig, host_and_port
 from carnet_broker.core.admission import Admission
 from carnet_broker.core.minting import MintingRules
-from carnet_broker.core.policy import Policy, load_policy
 from carnet_broker.core.readiness import Readiness, judge_readiness
-from carnet_broker.core.workload import IdentityCache, LeafRules, TrustBundle, Workload
+from carnet_broker.core.workload import IdentityCache, LeafRules, Workload
 from carnet_broker.edges.grpc.calls import AuthContext, AuthenticatedCalls
-from carnet_broker.edges.grpc.listeners import ListenerLimits, TlsPems, bind, new_server, server_credentials
+from carnet_broker.edges.grpc.listeners import ListenerLimits, bind, new_server, server_credentials
 from carnet_broker.edges.grpc.tokens import TokenServicer
 from carnet_broker.edges.grpc.trust import TrustServicer
 from carnet_broker.edges.http.plain import plain_app
 from carnet_broker.edges.ledger.json_lines import JsonLinesAudit
 from carnet_broker.edges.vault import (
     KvKeyStore,
-    SecretFile,
     TransitKeyStore,
+    VaultForbiddenError,
     VaultKeyringDocument,
+    VaultLoginError,
+    VaultNotTrustedError,
     VaultRotationRequests,
     VaultSession,
-    VaultSettings,
 )
 from carnet_broker.group_commit import GroupCommit
 from carnet_broker.issuance import CHECK_EVERY, Issuer
 from carnet_broker.keyring_loop import KeyringLoop
+from carnet_broker.loading import load_policy_file, load_tls, load_vault_settings
 from carnet_broker.ports import KeyStore, KeyStoreUnavailableError, Signer
 from carnet_broker.rotation import RotationDriver
 from carnet_broker.signing import KeyringHolder
 from carnet_broker.telemetry import Telemetry
 from carnet_broker.watched import Watched
 
-__all__ = ["Broker", "SystemClock", "TlsMaterial", "load_tls", "vault_session"]
+__all__ = ["Broker", "SystemClock"]
 
 _LOOK_AT_FILES_EVERY: Final = 1.0
-_VAULT_START_WITHIN: Final = 10.0
 _AUDIT_DEADLINE: Final = timedelta(seconds=5)
 
 
@@ -73,81 +68,6 @@ class SystemClock:
     def mono(self) -> float:
         """Return monotonic seconds."""
         return time.monotonic()
-
-
-@dataclass(frozen=True, slots=True)
-class TlsMaterial:
-    """The broker's own certificate and whom it trusts, from one state of the files."""
-
-    identity: Identity
-    pems: TlsPems
-    bundle: TrustBundle
-
-
-def load_tls(config: BrokerConfig, trust_domains: Sequence[str]) -> TlsMaterial:
-    """Load and check all TLS files. Raises `ConfigError` that names the file."""
-    tls = config.tls
-    identity = Identity.load(tls.certificate_file, tls.key_file)
-    ca_pem = _read(tls.client_ca_file, "tls.client_ca_file")
-    crls = [_read(file, "tls.crl_files") for file in tls.crl_files]
-    try:
-        bundle = TrustBundle.parse(ca_pem, crls, trust_domains)
-    except ConfigError as error:
-        files = ", ".join(str(file) for file in (tls.client_ca_file, *tls.crl_files))
-        msg = f"{files}: {error}"
-        raise ConfigError(msg) from error
-    pems = TlsPems(identity.private_key_pem, identity.certificate_chain_pem, ca_pem)
-    return TlsMaterial(identity, pems, bundle)
-
-
-def load_policy_file(config: BrokerConfig) -> Policy:
-    """Load the policy. Raises `ConfigError` that names file and line, also where it is one of another environment."""
-    file = config.policy_file
-    policy = load_policy(_read(file, "policy_file"), str(file))
-    if policy.issuer != config.issuer:
-        msg = f"{file}: the policy is for issuer {policy.issuer}, this broker is {config.issuer}; use that one's policy"
-        raise ConfigError(msg)
-    for audience in policy.audiences.values():
-        if audience.max_ttl > config.tokens.longest_life:
-            msg = (
-                f"{file}:{audience.line}: audiences.{audience.name}: max_ttl {format_duration(audience.max_ttl)} is"
-                f" longer than tokens.longest_life {format_duration(config.tokens.longest_life)} of this broker;"
-                " lower the one or raise the other"
-            )
-            raise ConfigError(msg)
-    return policy
-
-
-def vault_session(config: BrokerConfig) -> VaultSession:
-    """Return a session with Vault by the AppRole whose files the configuration names; nothing is sent yet."""
-    vault = config.vault
-    return VaultSession(
-        VaultSettings(
-            address=vault.address,
-            ca_file=vault.ca_file,
-            namespace=vault.namespace,
-            environment=vault.environment,
-            kv_mount=vault.kv_mount,
-            transit_mount=vault.transit_mount,
-            transit_key=vault.transit_key or "",
-            approle_mount=vault.approle_mount,
-            role_id=SecretFile(vault.role_id_file),
-            secret_id=SecretFile(vault.secret_id_file),
-            timeout=vault.timeout,
-        )
-    )
-
-
-def _read(file: Path, setting: str) -> bytes:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        msg = f"{file}: cannot be read ({error.strerror}); {setting} in the configuration names it"
-        raise ConfigError(msg) from error
-    if not content.strip():
-        msg = f"{file}: the file is empty; {setting} in the configuration names it"
-        raise ConfigError(msg)
-    return content
 
 
 class Broker:
@@ -166,14 +86,13 @@ class Broker:
         self._tls = Watched(
             "tls",
             [files.certificate_file, files.key_file, files.client_ca_file, *files.crl_files],
-            lambda: load_tls(config, [trust_domain]),
+            lambda: load_tls(config, [trust_domain], self._clock.now()),
             self.telemetry,
         )
-        server_dns_name(self._tls.value.identity.spiffe_id)  # A broker that no client can name is of no use.
         timing = config.timing()
-        self._holder = KeyringHolder(island=timing.island)
+        self._holder = KeyringHolder(island=timing.island, confirm_within=config.keys.confirm_within)
         self._identities = IdentityCache(LeafRules(max_life=files.max_leaf_life))
-        self._session = vault_session(config)
+        self._session = VaultSession(load_vault_settings(config))
         store: KeyStore = KvKeyStore(self._session) if config.keys.store == "kv" else TransitKeyStore(self._session)
         self._keyring_loop = KeyringLoop(
             RotationDriver(
@@ -303,6 +222,7 @@ class Broker:
                 (self._audit.writable, "audit: the file cannot be written"),
             ],
             wanted=[
+                (not self._keyring_loop.failing, "vault: the last look at it failed; the log says why"),
                 (not self._holder.is_degraded(now, mono), "vault: the keyring was not read lately"),
                 (self._policy.is_current, "policy: the newest file cannot be used"),
                 (self._tls.is_current, "tls: the newest files cannot be used"),
@@ -313,14 +233,29 @@ class Broker:
     # -- parts of serving ------------------------------------------------------------------------------------------
 
     async def _first_round(self) -> None:
-        """Load the keyring before anything is served. Raises `ConfigError` if Vault cannot be used."""
-        deadline = self._clock.mono() + _VAULT_START_WITHIN
+        """Load the keyring before anything is served. Raises `ConfigError` if Vault cannot be used.
+
+        A Vault that does not answer may be starting too, so it is asked again for a while. One that refuses this broker
+        goes on refusing it.
+        """
+        vault = self._config.vault
+        deadline = self._clock.mono() + vault.start_within.total_seconds()
         while True:
             try:
                 await asyncio.to_thread(self._keyring_loop.round)
+            except VaultLoginError as error:
+                msg = f"vault.role_id_file {vault.role_id_file} or vault.secret_id_file {vault.secret_id_file}: {error}"
+                raise ConfigError(msg) from error
+            except VaultNotTrustedError as error:
+                msg = f"vault.ca_file {vault.ca_file or '(not set: the CAs of this system)'}: {error}"
+                raise ConfigError(msg) from error
+            except VaultForbiddenError as error:
+                msg = f"vault.environment {vault.environment}: {error}"
+                raise ConfigError(msg) from error
             except KeyStoreUnavailableError as error:
                 if self._clock.mono() > deadline:
-                    raise ConfigError(str(error)) from error
+                    msg = f"vault.address: {error}"
+                    raise ConfigError(msg) from error
                 await asyncio.sleep(0.25)
             except CarnetError as error:
                 raise ConfigError(str(error)) from error
@@ -341,10 +276,20 @@ class Broker:
         )
 
     async def _sign_in_vault(self, signer: Signer, inputs: Sequence[bytes]) -> list[bytes]:
-        """Sign with a key that is not in this process: a round trip each, so several at a time, and off the loop."""
+        """Sign with a key that is not in this process: a round trip each, so several at a time, and off the loop.
+
+        While Vault hangs, the threads are all waiting for it, and a call would wait for a thread. So the bound is here,
+        not only in the session: shorter than what the SDK allows one broker, so that its caller hears why.
+        """
         loop = asyncio.get_running_loop()
-        signing = [loop.run_in_executor(self._vault_threads, signer.sign, one) for one in inputs]
-        return list(await asyncio.gather(*signing))
+        within = self._config.vault.sign_within.total_seconds()
+        try:
+            async with asyncio.timeout(within):
+                signing = [loop.run_in_executor(self._vault_threads, signer.sign, one) for one in inputs]
+                return list(await asyncio.gather(*signing))
+        except TimeoutError as error:
+            msg = f"Vault did not sign within {within} s"
+            raise KeyStoreUnavailableError(msg) from error
 
     async def _watch_files(self, health_servicer: health.aio.HealthServicer) -> None:
         while True:
@@ -386,9 +331,3 @@ def _listen(address: str) -> socket.socket:
             f"listen.plain: cannot listen on {address} ({error.strerror}); give a free port of an address of this host"
         )
         raise ConfigError(msg) from error
-
-
-def check_files(config: BrokerConfig) -> None:
-    """Load all that the configuration names, without serving. Raises `ConfigError`."""
-    policy = load_policy_file(config)
-    server_dns_name(load_tls(config, [policy.trust_domain]).identity.spiffe_id)

@@ -86,7 +86,12 @@ class VaultConfig(Section):
     """Default: carnet-ENVIRONMENT."""
     approle_mount: str = "approle"
     timeout: Duration = timedelta(seconds=5)
+    """For one operation as a whole."""
+    sign_within: Duration = timedelta(seconds=2)
+    """How long a caller waits for a signature of Transit before it is told that there is none."""
     poll_interval: Duration = timedelta(seconds=5)
+    start_within: Duration = timedelta(seconds=10)
+    """How long the broker, when it starts, waits for a Vault that does not answer."""
 
     @pydantic.field_validator("address")
     @classmethod
@@ -107,6 +112,9 @@ class KeysConfig(Section):
     skew: DurationOrZero = timedelta(seconds=5)
     leeway: DurationOrZero = timedelta(seconds=30)
     island: Duration = timedelta(minutes=15)
+    """How long a replica that cannot reach Vault goes on signing."""
+    confirm_within: Duration = timedelta(seconds=60)
+    """How old the last reading of Vault may be before the replica calls itself degraded."""
     sign_for: Duration = timedelta(days=7)
     rotate_every: Duration = timedelta(days=1)
     min_interval: DurationOrZero = timedelta(minutes=10)

@@ -15,6 +15,8 @@ __all__ = ["KeyringLoop", "VaultEvents"]
 
 _ASK_AGAIN_AFTER: Final = 1.0
 """Seconds for which an answer of Vault is new enough for whoever asks for a look."""
+_ASK_WITHIN: Final = 2.0
+"""Seconds that whoever asks for a look waits for it: a Vault that hangs is as good as one that does not answer."""
 _SOON: Final = 0.02
 """Seconds; the shortest pause between two rounds, so that a plan that is always due cannot spin."""
 
@@ -42,7 +44,13 @@ class KeyringLoop:
         self._lock = threading.Lock()
         self._asked: list[Future[bool]] = []
         self._answered_mono: float | None = None
+        self._failing = False
         self._thread = threading.Thread(target=self._run, name="carnet-keyring", daemon=True)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last round of the thread failed."""
+        return self._failing
 
     def round(self) -> float:
         """Do one round in the calling thread, and return the seconds until the next. Raises what the round raises."""
@@ -65,7 +73,7 @@ class KeyringLoop:
         self._thread.join()
 
     async def read_again(self) -> bool:
-        """Make sure that the keyring was read within the last second; say whether Vault answered."""
+        """Make sure that the keyring was read within the last second; say whether Vault answered, in time."""
         answered = self._answered_mono
         if answered is not None and self._clock.mono() - answered < _ASK_AGAIN_AFTER:
             return True
@@ -73,7 +81,11 @@ class KeyringLoop:
         with self._lock:
             self._asked.append(asked)
         self._wake.set()
-        return await asyncio.wrap_future(asked)
+        try:
+            async with asyncio.timeout(_ASK_WITHIN):
+                return await asyncio.wrap_future(asked)
+        except TimeoutError:
+            return False
 
     def _run(self) -> None:
         while not self._stopping:
@@ -83,13 +95,13 @@ class KeyringLoop:
             try:
                 pause = self.round()
             except Exception as error:  # noqa: BLE001 - reported; a fault of one round must not end all rotation
+                self._failing = True
                 self._events.vault_failed(error)
-                answered = False
             else:
+                self._failing = False
                 self._events.vault_answered()
-                answered = True
             for future in asked:
                 if future.set_running_or_notify_cancel():
-                    future.set_result(answered)
+                    future.set_result(not self._failing)
             self._wake.wait(pause)
             self._wake.clear()

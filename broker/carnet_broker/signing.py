@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Final
 
 from carnet.errors import CarnetError
 from carnet_broker.core.keyring import KeyRecord, Keyring
 from carnet_broker.ports import Signer
 
 __all__ = ["KeyringHolder", "KeyringView", "NoSigningKeyError"]
-
-CONFIRM_WITHIN: Final = timedelta(seconds=60)
-"""How old the last reading of Vault may be before the replica calls itself degraded."""
 
 
 class NoSigningKeyError(CarnetError):
@@ -54,8 +50,10 @@ class KeyringView:
 class KeyringHolder:
     """Holds the view that is in force. Set by one thread, read by many."""
 
-    def __init__(self, *, island: timedelta) -> None:
+    def __init__(self, *, island: timedelta, confirm_within: timedelta = timedelta(seconds=60)) -> None:
+        """`island` is how long this replica signs without Vault, `confirm_within` how long that is nothing amiss."""
         self._island = island
+        self._confirm_within = confirm_within
         self._view: KeyringView | None = None
 
     @property
@@ -74,7 +72,7 @@ class KeyringHolder:
 
     def is_degraded(self, now: datetime, mono: float) -> bool:
         """Say whether Vault has not confirmed the view lately."""
-        return self._view is None or self._view.age(now, mono) > CONFIRM_WITHIN
+        return self._view is None or self._view.age(now, mono) > self._confirm_within
 
     def signing_key(self, now: datetime, mono: float) -> tuple[KeyRecord, Signer]:
         """Return the key to sign with, or raise `NoSigningKeyError`.

@@ -20,6 +20,7 @@ from carnet_broker.ports import KeyLostError
 
 __all__ = ["Telemetry", "configure_logging"]
 
+_CAUSES_LOGGED: Final = 20
 _LATENCY_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 
 
@@ -55,7 +56,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._vault_failure: str | None = None
+        self._vault_failures: set[str] = set()
         self.log = structlog.get_logger("carnet_broker")
         registry = self.registry
         self.calls = Counter(
@@ -117,6 +118,10 @@ class Telemetry:
         self.steps.labels(name).inc()
         self.log.info("keyring_step", step=name, kid=getattr(step, "kid", None), generation=keyring.generation)
 
+    def adopted(self, keyring: Keyring) -> None:
+        """Show the generation that is in force."""
+        self.generation.set(keyring.generation)
+
     def key_lost(self, kid: str, error: KeyLostError) -> None:
         """Count and log a private key that cannot be used."""
         self.keys_lost.inc()
@@ -126,18 +131,19 @@ class Telemetry:
 
     def vault_answered(self) -> None:
         """Note that Vault answers, and say so where it did not before."""
-        if self._vault_failure is not None:
+        if self._vault_failures:
             self.log.info("vault_recovered")
-        self._vault_failure = None
+        self._vault_failures.clear()
         self.vault_ok.set(1)
 
     def vault_failed(self, error: Exception) -> None:
-        """Note that a round with Vault failed; log each new cause once, not at each poll."""
+        """Note that a round with Vault failed; log that once, and each other cause until it recovers once as well."""
         self.vault_ok.set(0)
-        if self._vault_failure != str(error):
-            expected = isinstance(error, CarnetError)
-            self.log.error("vault_failed", cause=str(error), exc_info=None if expected else error)
-        self._vault_failure = str(error)
+        cause = str(error)
+        if cause not in self._vault_failures and len(self._vault_failures) < _CAUSES_LOGGED:
+            event = "vault_failing_otherwise" if self._vault_failures else "vault_failed"
+            self.log.error(event, cause=cause, exc_info=None if isinstance(error, CarnetError) else error)
+            self._vault_failures.add(cause)
 
     # -- files (watched.ReloadEvents) ------------------------------------------------------------------------------
 

@@ -5,12 +5,18 @@ Commands import what they need when they run, so that ``--help`` and shell compl
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import click
 
-__all__ = ["main"]
+from carnet_broker.cli.output import BAD_INPUT, complain
+
+__all__ = ["main", "run"]
+
+_INTERRUPTED: Final = 130
 
 _COMMANDS: Final = {
     "serve": "carnet_broker.cli.serve:serve",
@@ -40,10 +46,32 @@ class _Lazy(click.Group):
         return command
 
 
-@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, no_args_is_help=False
+)
 @click.version_option(package_name="carnet", prog_name="carnet-broker")
-def main() -> None:
+def _carnet_broker() -> None:
     """Run the Carnet broker: it issues short-lived tokens to workloads that authenticate by mutual TLS.
 
     Shell completion: eval "$(_CARNET_BROKER_COMPLETE=bash_source carnet-broker)" (or zsh_source, fish_source).
     """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command that `arguments` are, without the program's name, and return its exit code."""
+    try:
+        result = _carnet_broker.main(list(arguments), prog_name="carnet-broker", standalone_mode=False)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        remedy = "" if context is None else f": see '{context.command_path} --help'"
+        complain(f"{error.format_message().rstrip('.')}{remedy}")
+        return BAD_INPUT
+    except click.Abort:
+        complain("interrupted")
+        return _INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def main() -> NoReturn:
+    """Run the command line of this process."""
+    sys.exit(run(sys.argv[1:]))

@@ -12,11 +12,18 @@ import click
 
 from carnet.durations import format_duration, parse_duration
 from carnet.errors import ConfigError
-from carnet_broker.cli.output import cli_errors, json_option, show
+from carnet_broker.cli.output import cli_errors, complain, json_option, show
 from carnet_broker.core.keyring import Keyring
 from carnet_broker.core.keyring_document import keyring_of_content
 from carnet_broker.core.requests import RequestKind, RequestResult, RequestStatus
-from carnet_broker.edges.vault import RotationClient, SecretFile, SecretValue, VaultSession, VaultSettings
+from carnet_broker.edges.vault import (
+    RotationClient,
+    SecretFile,
+    SecretValue,
+    VaultSession,
+    VaultSettingError,
+    VaultSettings,
+)
 from carnet_broker.ports import KeyStoreUnavailableError
 
 __all__ = ["keys"]
@@ -24,6 +31,15 @@ __all__ = ["keys"]
 REFUSED: Final = 3
 NO_ANSWER: Final = 4
 _LOOK_EVERY: Final = 0.25
+_NAMES: Final = {
+    "address": "VAULT_ADDR",
+    "namespace": "VAULT_NAMESPACE",
+    "environment": "CARNET_ENVIRONMENT (--env)",
+    "transit_key": "CARNET_ENVIRONMENT (--env)",
+    "kv_mount": "--kv-mount",
+    "approle_mount": "--approle-mount",
+}
+"""What the settings of Vault are called here."""
 
 
 class _Duration(click.ParamType[timedelta]):
@@ -101,20 +117,39 @@ def _client(
     if secret_id_file is None and not secret_id:
         msg = "VAULT_SECRET_ID_FILE is not set: set it to the file with the AppRole secret id, or set VAULT_SECRET_ID"
         raise ConfigError(msg)
-    settings = VaultSettings(
-        address=vault_addr,
-        ca_file=vault_cacert,
-        namespace=vault_namespace,
-        environment=environment,
-        kv_mount=kv_mount,
-        approle_mount=approle_mount,
-        role_id=SecretValue("VAULT_ROLE_ID", role_id),
-        secret_id=SecretFile(secret_id_file) if secret_id_file else SecretValue("VAULT_SECRET_ID", secret_id or ""),
-    )
+    try:
+        settings = VaultSettings(
+            address=vault_addr,
+            ca_file=vault_cacert,
+            namespace=vault_namespace,
+            environment=environment,
+            kv_mount=kv_mount,
+            approle_mount=approle_mount,
+            role_id=SecretValue("VAULT_ROLE_ID", role_id),
+            secret_id=SecretFile(secret_id_file) if secret_id_file else SecretValue("VAULT_SECRET_ID", secret_id or ""),
+        )
+    except VaultSettingError as error:
+        msg = f"{_NAMES[error.field]}: {error}"
+        raise ConfigError(msg) from error
+    _check_files(settings)
     return RotationClient(VaultSession(settings))
 
 
-@click.group()
+def _check_files(settings: VaultSettings) -> None:
+    """Read what the variables name, once. Raises `ConfigError` that names the variable."""
+    try:
+        settings.check_files()
+    except ConfigError as error:
+        # Each message begins with the name of the variable, or of the file that a variable names.
+        file = {str(settings.ca_file): "VAULT_CACERT: "}
+        if isinstance(settings.secret_id, SecretFile):
+            file[str(settings.secret_id.path)] = "VAULT_SECRET_ID_FILE: "
+        name = next((name for path, name in file.items() if str(error).startswith(path)), "")
+        msg = f"{name}{error}"
+        raise ConfigError(msg) from error
+
+
+@click.group(no_args_is_help=False)
 def keys() -> None:
     """Rotate the signing keys, and see how they stand.
 
@@ -168,31 +203,43 @@ def rotate(
         request_id = client.submit(RequestKind.ROTATE_NOW if now else RequestKind.ROTATE)
         result = _follow(client, request_id, wait=wait, timeout=timeout, answer_within=answer_within)
     except KeyStoreUnavailableError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(NO_ANSWER) from None
+        raise _no_answer(error) from None
     if result is None:
-        msg = f"no broker answered request {request_id} within {format_duration(answer_within)}: is one running?"
-        click.echo(f"error: {msg} The request stands.", err=True)
+        complain(
+            f"no broker answered request {request_id} within {format_duration(answer_within)}: is one running?"
+            " The request stands."
+        )
         raise SystemExit(NO_ANSWER)
     answer = {"status": str(result.status), "reason": result.reason, "message": result.message, "request": request_id}
     show(answer | {"detail": result.detail}, (f"{result.status}: {result.message}",), as_json=as_json)
     if result.status is RequestStatus.REFUSED:
         raise SystemExit(REFUSED)
     if wait and result.status is not RequestStatus.DONE:
-        text = f"error: not done within {format_duration(timeout)}; the request {request_id} stands"
-        click.echo(text, err=True)
+        complain(f"not done within {format_duration(timeout)}; the request {request_id} stands")
         raise SystemExit(NO_ANSWER)
 
 
 def _follow(
     client: RotationClient, request_id: str, *, wait: bool, timeout: timedelta, answer_within: timedelta
 ) -> RequestResult | None:
-    """Return the newest answer once it is final, or good enough, or time is over. Tells of progress on the way."""
+    """Return the newest answer once it is final, or good enough, or time is over. Tells of progress on the way.
+
+    A Vault that fails meanwhile is asked again, for the request stands. Raises `KeyStoreUnavailableError` where it
+    still fails when time is over.
+    """
     started = time.monotonic()
     told: str | None = None
+    result: RequestResult | None = None
     while True:
-        result = client.result(request_id)
         elapsed = timedelta(seconds=time.monotonic() - started)
+        try:
+            result = client.result(request_id)
+        except KeyStoreUnavailableError as error:
+            if elapsed > (answer_within if result is None else timeout):
+                msg = f"{error}; the request {request_id} stands"
+                raise KeyStoreUnavailableError(msg) from error
+            time.sleep(_LOOK_EVERY)
+            continue
         if result is None:
             if elapsed > answer_within:
                 return None
@@ -219,8 +266,7 @@ def status(*, as_json: bool, **vault: Any) -> None:  # noqa: ANN401 - as above
         content = client.keyring()
         keyring = _keyring(content)
     except KeyStoreUnavailableError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(NO_ANSWER) from None
+        raise _no_answer(error) from None
     now = datetime.now(UTC)
     lines = [f"{keyring.issuer}: generation {keyring.generation}, keys in {content['store']}"]
     for key in keyring.keys:
@@ -234,6 +280,12 @@ def status(*, as_json: bool, **vault: Any) -> None:  # noqa: ANN401 - as above
         told = ", ".join(f"{name} {_moment(at, now)}" for name, at in moments.items() if at is not None)
         lines.append(f"  {key.state:<8} {key.kid}  {told}")
     show(content, lines, as_json=as_json)
+
+
+def _no_answer(error: KeyStoreUnavailableError) -> SystemExit:
+    """Say why Vault gives no answer, and return how to end: unlike bad input, the same may work later."""
+    complain(f"VAULT_ADDR: {error}")
+    return SystemExit(NO_ANSWER)
 
 
 def _keyring(content: dict[str, Any]) -> Keyring:

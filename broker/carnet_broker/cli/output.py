@@ -14,9 +14,9 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import click
 
-from carnet.errors import ConfigError
+from carnet.errors import CarnetError
 
-__all__ = ["BAD_INPUT", "NO", "cli_errors", "json_option", "show"]
+__all__ = ["BAD_INPUT", "NO", "cli_errors", "complain", "json_option", "show"]
 
 NO: Final = 1
 """The exit code of an answer that is no."""
@@ -30,17 +30,22 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 def cli_errors(command: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Turn a `ConfigError` of `command` into one line on standard error and exit code 2."""
+    """Turn an error that was meant, in `command`, into one line on standard error and exit code 2."""
 
     @functools.wraps(command)
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         try:
             return command(*args, **kwargs)
-        except ConfigError as error:
-            click.echo(f"error: {error}", err=True)
+        except CarnetError as error:
+            complain(error)
             raise SystemExit(BAD_INPUT) from None
 
     return guarded
+
+
+def complain(message: object) -> None:
+    """Print `message` as the one line that says why there is no result, whatever it quotes."""
+    click.echo(f"error: {' '.join(str(message).split())}", err=True)
 
 
 def show(result: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> None:

@@ -25,7 +25,7 @@ __all__ = ["policy"]
 _POLICY_VARIABLE = "CARNET_POLICY_FILE"
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def policy() -> None:
     """Check a policy, run its tests, and explain what it decides.
 

@@ -56,9 +56,11 @@ def check_config(config_file: Path, *, as_json: bool) -> None:
 
     Exit code: 0 all is well, 2 something is wrong (one line says what).
     """
-    from carnet_broker.app import check_files
+    from datetime import UTC, datetime
+
+    from carnet_broker.loading import check_files
 
     config = load_config(config_file)
-    check_files(config)
+    check_files(config, datetime.now(UTC))
     result = {"file": str(config_file), "ok": True, "issuer": config.issuer, "key_store": config.keys.store}
     show(result, (f"{config_file}: ok, issuer {config.issuer}, keys in {config.keys.store}",), as_json=as_json)

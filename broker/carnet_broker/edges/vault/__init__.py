@@ -6,8 +6,18 @@ from carnet_broker.edges.vault.ci import RotationClient
 from carnet_broker.edges.vault.documents import VaultKeyringDocument
 from carnet_broker.edges.vault.kv_store import KvKeyStore
 from carnet_broker.edges.vault.requests import VaultRotationRequests
-from carnet_broker.edges.vault.session import VaultForbiddenError, VaultLoginError, VaultSession
-from carnet_broker.edges.vault.settings import SecretFile, SecretValue, VaultSettings
+from carnet_broker.edges.vault.session import (
+    VaultForbiddenError,
+    VaultLoginError,
+    VaultNotTrustedError,
+    VaultSession,
+)
+from carnet_broker.edges.vault.settings import (
+    SecretFile,
+    SecretValue,
+    VaultSettingError,
+    VaultSettings,
+)
 from carnet_broker.edges.vault.transit_store import TransitKeyStore
 
 __all__ = [
@@ -19,7 +29,9 @@ __all__ = [
     "VaultForbiddenError",
     "VaultKeyringDocument",
     "VaultLoginError",
+    "VaultNotTrustedError",
     "VaultRotationRequests",
     "VaultSession",
+    "VaultSettingError",
     "VaultSettings",
 ]

@@ -11,7 +11,7 @@ from carnet.errors import ConfigError
 from carnet_broker.edges.vault.documents import KEYRING, content_of_entry
 from carnet_broker.edges.vault.kv import KvMount
 from carnet_broker.edges.vault.requests import BREAKGLASS, REQUESTS, result_of_entry, results_name
-from carnet_broker.edges.vault.session import VaultForbiddenError, VaultLoginError, VaultSession
+from carnet_broker.edges.vault.session import VaultForbiddenError, VaultLoginError, VaultNotTrustedError, VaultSession
 from carnet_broker.ports import KeyStoreUnavailableError, RequestKind, RequestResult
 
 __all__ = ["RotationClient"]
@@ -73,6 +73,9 @@ class RotationClient:
             yield
         except VaultLoginError as error:
             msg = f"VAULT_ROLE_ID or VAULT_SECRET_ID is wrong: {error}"
+            raise ConfigError(msg) from error
+        except VaultNotTrustedError as error:
+            msg = f"VAULT_CACERT is wrong or not set: {error}"
             raise ConfigError(msg) from error
         except VaultForbiddenError as error:
             msg = (

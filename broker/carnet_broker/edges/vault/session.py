@@ -19,10 +19,24 @@ from typing import Any, Final, NoReturn
 from carnet.errors import ConfigError
 from carnet_broker.edges.vault.failures import describe
 from carnet_broker.edges.vault.settings import VaultSettings
-from carnet_broker.edges.vault.transport import Answer, AnswerTooLargeError, Call, ExchangeError, Transport
+from carnet_broker.edges.vault.transport import (
+    Answer,
+    AnswerTooLargeError,
+    Call,
+    ExchangeError,
+    NotTrustedError,
+    Transport,
+)
 from carnet_broker.ports import KeyStoreUnavailableError
 
-__all__ = ["Reply", "VaultForbiddenError", "VaultLoginError", "VaultSession", "VaultTooLargeError"]
+__all__ = [
+    "Reply",
+    "VaultForbiddenError",
+    "VaultLoginError",
+    "VaultNotTrustedError",
+    "VaultSession",
+    "VaultTooLargeError",
+]
 
 _MAX_BYTES: Final = 1024 * 1024
 _PATH: Final = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
@@ -44,6 +58,10 @@ class VaultForbiddenError(KeyStoreUnavailableError):
 
 class VaultLoginError(KeyStoreUnavailableError):
     """Vault does not accept the AppRole, or there is no role id or secret id to show."""
+
+
+class VaultNotTrustedError(KeyStoreUnavailableError):
+    """Whoever answers at the address has no certificate that the CA file vouches for."""
 
 
 class VaultTooLargeError(KeyStoreUnavailableError):
@@ -133,8 +151,8 @@ class VaultSession:
 
         `operation` says in words what cannot be done if it fails, `path` is what follows ``/v1/``. Statuses in `accept`
         are answers like 200 and 204. Every other one, no answer within the timeout, and an answer that is no JSON
-        object raise `KeyStoreUnavailableError`, or `VaultForbiddenError`, `VaultLoginError` or `VaultTooLargeError`,
-        which are kinds of it. No message holds a token, a secret id, or text that Vault sent.
+        object raise `KeyStoreUnavailableError`, or `VaultForbiddenError`, `VaultLoginError`, `VaultNotTrustedError`
+        or `VaultTooLargeError`, which are kinds of it. No message holds a token, a secret id, or text that Vault sent.
         """
         deadline = time.monotonic() + self._timeout
         login = self._current_login(deadline)
@@ -271,6 +289,9 @@ class VaultSession:
             answer = self._transport.exchange(call, deadline=deadline)
         except AnswerTooLargeError as error:
             raise VaultTooLargeError(self._message(where, str(error))) from None
+        except NotTrustedError as error:
+            what = f"{error}: is this the CA of Vault, and is this Vault's address?"
+            raise VaultNotTrustedError(self._message(where, what)) from None
         except ExchangeError as error:
             what = f"{error}: is Vault up, and is this its address?"
             raise KeyStoreUnavailableError(self._message(where, what)) from None

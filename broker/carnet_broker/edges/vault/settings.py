@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 from carnet.errors import ConfigError
 
-__all__ = ["SecretFile", "SecretValue", "VaultSettings"]
+__all__ = ["SecretFile", "SecretValue", "VaultSettingError", "VaultSettings"]
 
 _LABEL: Final = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*|[0-9A-Fa-f:.]+")
@@ -21,6 +22,14 @@ _SEGMENTS: Final = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+")
 _SECRET: Final = re.compile(r"[!-~]{1,1024}")
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
+
+class VaultSettingError(ConfigError):
+    """One of the settings cannot be right. `field` says which, by its name in `VaultSettings`."""
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class SecretValue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaultSettings:
-    """One Vault (or OpenBao), and the AppRole to log in with. Raises `ConfigError` for what cannot be right."""
+    """One Vault (or OpenBao), and the AppRole to log in with. Raises `VaultSettingError`."""
 
     address: str
     """``https://HOST[:PORT]``. ``http`` only to this machine, unless `plaintext` says otherwise."""
@@ -97,7 +106,25 @@ class VaultSettings:
             _check_path("namespace", self.namespace, _SEGMENTS)
         if self.timeout <= timedelta(0):
             msg = "the timeout for Vault must be longer than nothing, for instance 5s"
-            raise ConfigError(msg)
+            raise VaultSettingError(msg, field="timeout")
+
+    def check_files(self) -> None:
+        """Read the CA file and the secrets once. Raises `ConfigError` that names what cannot be used.
+
+        Each is read again when it is needed; this is for those who would rather know at the start.
+        """
+        self.role_id()
+        self.secret_id()
+        if self.ca_file is None:
+            return
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=self.ca_file)
+        except ssl.SSLError as error:
+            msg = f"{self.ca_file} holds no certificate that can be read: give the PEM file of the CA of Vault"
+            raise ConfigError(msg) from error
+        except OSError as error:
+            msg = f"{self.ca_file} cannot be read ({error.strerror}): give the PEM file of the CA of Vault"
+            raise ConfigError(msg) from error
 
     @property
     def host(self) -> str:
@@ -122,7 +149,7 @@ class VaultSettings:
             host, port = url.hostname or "", url.port
         except ValueError as error:
             msg = f"{shown} is not a URL ({error}): give https://HOST:PORT"
-            raise ConfigError(msg) from None
+            raise VaultSettingError(msg, field="address") from None
         bare = {url.scheme: "", f"{url.scheme}://{url.netloc}": "", f"{url.scheme}://{url.netloc}/": ""}
         if (
             url.scheme not in _DEFAULT_PORTS
@@ -132,17 +159,17 @@ class VaultSettings:
             or not _HOST.fullmatch(host)
         ):
             msg = f"{shown} is not of the form https://HOST:PORT: it has no path, and holds no password"
-            raise ConfigError(msg)
+            raise VaultSettingError(msg, field="address")
         if url.scheme == "http" and not self.plaintext and not _is_this_machine(host):
             msg = f"{shown} would send keys and tokens in the clear: give an https address"
-            raise ConfigError(msg)
+            raise VaultSettingError(msg, field="address")
 
 
 def _check_path(name: str, value: str, form: re.Pattern[str]) -> None:
     """Refuse what would name another path than it seems to."""
     if not form.fullmatch(value) or {".", ".."} & set(value.split("/")):
         msg = f"the {name} of Vault {value[:80]!r} is not letters, digits and '._-' (mounts and namespaces: also '/')"
-        raise ConfigError(msg)
+        raise VaultSettingError(msg, field=name)
 
 
 def _is_this_machine(host: str) -> bool:
