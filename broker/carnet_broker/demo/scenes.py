@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 from cryptography.hazmat.primitives import serialization
@@ -18,12 +19,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 
 from carnet import Client
 from carnet.claims import claims_of_payload
+from carnet.encoding import decode_base64url
 from carnet.errors import RequestDeniedError
 from carnet.grpc import secure_channel
 from carnet.tls import secure_channel as tls_channel
 from carnet.verify import assemble, encode_unsigned, parse_unverified, raw_signature
 from carnet_broker.demo.shop import AUDIENCE, CHARGE, SERVER_NAME, charge, decode, encode
-from carnet_broker.demo.stage import Stage
+from carnet_broker.demo.stage import ISSUER, Stage
 
 __all__ = ["SCENES", "Scene", "SceneFailedError"]
 
@@ -138,29 +140,36 @@ def _stolen(stage: Stage, tell: Tell) -> None:
 
 def _staging(stage: Stage, tell: Tell) -> None:
     with _client(stage, "orders") as client:
-        token = client.get_token(AUDIENCE).value
-    unverified = parse_unverified(token)
-    key = _signing_key(stage, unverified.kid)
+        unverified = parse_unverified(client.get_token(AUDIENCE).value)
     claims = claims_of_payload(unverified.unverified_payload)
     signed = {}
-    for issuer in (stage_issuer := claims.issuer, _STAGING):
+    for issuer in (ISSUER, _STAGING):
         unsigned = encode_unsigned(replace(claims, issuer=issuer), unverified.kid)
-        signed[issuer] = assemble(unsigned, raw_signature(key.sign(unsigned, ec.ECDSA(SHA256()))))
-    _require(isinstance(_call_with(stage, "orders", signed[stage_issuer]), dict), "the same key does not verify")
-    tell(f"with the very key of production two tokens are signed, alike but for the issuer; {stage_issuer} is accepted")
+        signed[issuer] = assemble(unsigned, _sign_as_root(stage, unverified.kid, unsigned))
+    _require(isinstance(_call_with(stage, "orders", signed[ISSUER]), dict), "the same key does not verify")
+    tell(f"with the very key of production two tokens are signed, alike but for the issuer; {ISSUER} is accepted")
     tell(f"the other says {_STAGING}")
     _must_refuse(_call_with(stage, "orders", signed[_STAGING]), tell)
 
 
-def _signing_key(stage: Stage, kid: str) -> ec.EllipticCurvePrivateKey:
-    """Return the signing key, which only the root of this throw-away Vault can read."""
-    path = f"carnet/data/prod/keys/{kid}"
-    entry: Any = stage.vault.client().read(path)
+def _sign_as_root(stage: Stage, kid: str, signing_input: bytes) -> bytes:
+    """Sign with the signing key, which only the root of this throw-away Vault can do by hand."""
+    root = stage.vault.client()
+    if stage.key_store == "transit":
+        status = stage.run(["carnet_broker", "keys", "status", "--json"], stage.vault_environment("ci"))
+        version = next(key["version"] for key in json.loads(status.stdout)["keys"] if key["jwk"]["kid"] == kid)
+        answer = root.secrets.transit.sign_data(
+            name="carnet-prod",
+            hash_input=base64.b64encode(signing_input).decode(),
+            key_version=version,
+            hash_algorithm="sha2-256",
+            marshaling_algorithm="jws",
+        )
+        return decode_base64url(answer["data"]["signature"].rpartition(":")[2].encode())
+    entry: Any = root.read(f"carnet/data/prod/keys/{kid}")
     key = serialization.load_pem_private_key(entry["data"]["data"]["private_key"].encode(), None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        msg = f"{path} holds no P-256 key"
-        raise SceneFailedError(msg)
-    return key
+    _require(isinstance(key, ec.EllipticCurvePrivateKey), "the entry holds no P-256 key")
+    return raw_signature(cast("ec.EllipticCurvePrivateKey", key).sign(signing_input, ec.ECDSA(SHA256())))
 
 
 def _cron(stage: Stage, tell: Tell) -> None:
