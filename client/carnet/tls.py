@@ -6,7 +6,7 @@ SPIFFE ID (`carnet.spiffe.server_dns_name`), and every channel names the one tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -81,10 +81,18 @@ def secure_aio_channel(
     ca_pem: bytes,
     server_name: str,
     options: Iterable[ChannelOption] = (),
+    interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
 ) -> grpc.aio.Channel:
-    """Return what `secure_channel` returns, for asyncio; make it in the event loop that uses it."""
-    credentials = _credentials(identity, ca_pem)
-    return grpc.aio.secure_channel(str(target), credentials, options=channel_options(server_name, options))
+    """Return what `secure_channel` returns, for asyncio; make it in the event loop that uses it.
+
+    `interceptors` can be given here only: an asyncio channel cannot be wrapped afterwards.
+    """
+    return grpc.aio.secure_channel(
+        str(target),
+        _credentials(identity, ca_pem),
+        options=channel_options(server_name, options),
+        interceptors=interceptors,
+    )
 
 
 def _credentials(identity: Identity, ca_pem: bytes) -> grpc.ChannelCredentials:
