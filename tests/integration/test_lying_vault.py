@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import re
+import ssl
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
@@ -17,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from carnet.encoding import base64url
 from carnet.jwk import PublicJWK
+from carnet.testing.ca import CertificateAuthority
 from carnet_broker.edges.vault import (
     KvKeyStore,
     RotationClient,
@@ -86,9 +91,7 @@ def _vault() -> Iterator[LyingVault]:
         yield vault
 
 
-@pytest.fixture(name="session")
-def _session(vault: LyingVault) -> Iterator[VaultSession]:
-    """A session with it."""
+def _settings(vault: LyingVault, **changes: Any) -> VaultSettings:  # noqa: ANN401 - any field
     settings = VaultSettings(
         address=vault.address,
         environment="prod",
@@ -96,7 +99,13 @@ def _session(vault: LyingVault) -> Iterator[VaultSession]:
         secret_id=SecretValue("VAULT_SECRET_ID", _SECRET_ID),
         timeout=timedelta(seconds=_TIMEOUT),
     )
-    session = VaultSession(settings)
+    return replace(settings, **changes)
+
+
+@pytest.fixture(name="session")
+def _session(vault: LyingVault) -> Iterator[VaultSession]:
+    """A session with it."""
+    session = VaultSession(_settings(vault))
     yield session
     session.close()
 
@@ -239,6 +248,33 @@ def test_k05_slow_server_is_left_in_time(vault: LyingVault, session: VaultSessio
     assert VaultKeyringDocument(session).load() is not None
 
 
+@pytest.mark.parametrize("data", [_GOOD, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 90], ids=["body", "header lines"])
+def test_k05_slow_server_behind_tls_is_left_in_time(tmp_path: Path, data: bytes):
+    """The deadline holds for TLS as for a plain connection; the twin: an answer that comes in time is read."""
+    authority = CertificateAuthority.create("prod.example")
+    certificate_file, key_file = authority.issue("spiffe://prod.example/vault", dns_names=("localhost",)).write(
+        tmp_path, "vault"
+    )
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_bytes(authority.root_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate_file, key_file)
+    with LyingVault(context).listening() as vault:
+        session = VaultSession(_settings(vault, ca_file=ca_file))
+        vault.otherwise = drip(data, vault)
+        assert "did not answer in time" in str(_fails(session, _OPERATIONS["read the keyring"]))
+        vault.otherwise = _GOOD
+        assert VaultKeyringDocument(session).load() is not None
+        session.close()
+
+
+def test_k05_handshake_that_never_ends_is_left_in_time(vault: LyingVault):
+    """A server that takes the connection and says nothing of TLS holds a call no longer than any other."""
+    address = vault.address.replace("http", "https")
+    session = VaultSession(_settings(vault, address=address))
+    assert "did not answer in time" in str(_fails(session, VaultSession.check))
+
+
 def test_endless_body_is_left_at_its_limit(vault: LyingVault, session: VaultSession):
     """A server that never stops talking is left when the answer is longer than any of this kind."""
 
@@ -277,14 +313,7 @@ def test_nothing_of_the_environment_is_used(vault: LyingVault, session: VaultSes
 
 def test_namespace_is_sent_where_it_is_set(vault: LyingVault):
     """Every call names the namespace, the login too."""
-    settings = VaultSettings(
-        address=vault.address,
-        environment="prod",
-        role_id=SecretValue("VAULT_ROLE_ID", _ROLE_ID),
-        secret_id=SecretValue("VAULT_SECRET_ID", _SECRET_ID),
-        namespace="team/a",
-    )
-    session = VaultSession(settings)
+    session = VaultSession(_settings(vault, namespace="team/a"))
     vault.otherwise = _GOOD
     assert VaultKeyringDocument(session).load() is not None
     assert ["team/a"] * 2 == [received.headers["x-vault-namespace"] for received in vault.received]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,7 +50,8 @@ def reply(status: int, body: object, *, headers: dict[str, str] | None = None, r
 class LyingVault:
     """Listens on 127.0.0.1. `lies` answers for a path (without ``/v1/``); other paths are answered with 404."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.lies: dict[str, Lie | bytes] = {"auth/approle/login": self.login()}
         self.otherwise: Lie | bytes = reply(404, {"errors": []})
         self.received: list[Received] = []
@@ -61,7 +63,8 @@ class LyingVault:
     @property
     def address(self) -> str:
         """The URL."""
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        port = self._listener.getsockname()[1]
+        return f"http://127.0.0.1:{port}" if self._tls is None else f"https://localhost:{port}"
 
     @staticmethod
     def login(token: str = CANARY_TOKEN, *, life: object = 3600, renewable: object = True) -> bytes:
@@ -99,7 +102,13 @@ class LyingVault:
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rb") as stream, suppress(OSError):
+        with suppress(OSError):
+            self._answer(connection if self._tls is None else self._tls.wrap_socket(connection, server_side=True))
+        connection.close()
+        self._open.discard(connection)
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as stream:
             while (received := _read(stream)) is not None:
                 self.received.append(received)
                 lie = self.lies.get(received.path, self.otherwise)
@@ -107,7 +116,6 @@ class LyingVault:
                     connection.sendall(lie)
                     continue
                 lie(received, connection.sendall)
-        self._open.discard(connection)
 
 
 def _read(stream: Any) -> Received | None:  # noqa: ANN401 - a socket file
