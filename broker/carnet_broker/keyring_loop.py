@@ -54,8 +54,7 @@ class KeyringLoop:
 
     def round(self) -> float:
         """Do one round in the calling thread, and return the seconds until the next. Raises what the round raises."""
-        now = self._clock.now()
-        until = self._driver.tick(now, self._clock.mono())
+        until = self._driver.tick(self._clock)
         self._answered_mono = self._clock.mono()
         pause = self._poll_interval
         if until is not None:

@@ -2,12 +2,20 @@
 
 Any replica may take any step. Each step is one check-and-set write of the document: the loser of a race has changed
 nothing, reads again and plans again. What a crash leaves behind is finished by whoever comes next, because the plan
-follows from the document alone.
+follows from the document alone. One thing cannot be: a private key that was made, and that its maker did not live to
+enter into the document. Nobody knows of it, so nobody trusts it.
+
+What cannot be done now does not hold up what can: a letter box that cannot be read, a private key that cannot be loaded
+or destroyed. A key that was revoked stops being served whatever else is amiss. What failed is raised at the end.
+
+Each step takes its own look at the clock. A round with a slow Vault lasts long; a key that went into the document with
+the time of the round's beginning would sign before every verifier has it, or be removed before its last token is over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final, Protocol
 
@@ -30,10 +38,12 @@ from carnet_broker.core.keyring import (
 from carnet_broker.core.keyring_document import keyring_of_content, keyring_to_content
 from carnet_broker.core.requests import RequestKind, RequestStatus, RotationRequest, judge, wish_of
 from carnet_broker.ports import (
+    Clock,
     DocumentConflictError,
     KeyLostError,
     KeyringDocument,
     KeyStore,
+    KeyStoreUnavailableError,
     RotationRequests,
     Signer,
     StoredKey,
@@ -55,8 +65,11 @@ class RotationEvents(Protocol):
     def step_taken(self, step: Step, keyring: Keyring) -> None:
         """Tell that `step` was written, and `keyring` is the result."""
 
+    def adopted(self, keyring: Keyring) -> None:
+        """Tell that `keyring` is in force here."""
+
     def key_lost(self, kid: str, error: KeyLostError) -> None:
-        """Tell that the private key of `kid` cannot be used any more."""
+        """Tell that the private key of `kid` cannot be used any more; once for each finding, not at each look."""
 
 
 class RotationDriver:
@@ -84,42 +97,52 @@ class RotationDriver:
         self._timing = timing
         self._version = 0
         self._signers: dict[str, Signer] = {}
+        self._lost: frozenset[str] = frozenset()
         self._unplaced: list[StoredKey] = []
+        self._trouble: KeyStoreUnavailableError | None = None
         self._swept_at: datetime | None = None
 
-    def tick(self, now: datetime, mono: float) -> datetime | None:
+    def tick(self, clock: Clock) -> datetime | None:
         """Read, plan and act until there is nothing to do; return when there will be (None: when somebody asks).
 
-        Raises `KeyStoreUnavailableError`, `InvalidKeyringError` or `KeyringRegressionError`; the view in force then
-        stays as it is, unconfirmed.
+        Raises `InvalidKeyringError` or `KeyringRegressionError` for a document that is not to be believed, and
+        `KeyStoreUnavailableError`. Where the document could not be read, the view in force stays, unconfirmed.
         """
-        keyring = self._load(now, mono)
-        pending = self._requests.pending()
+        self._trouble = None
+        keyring = self._load(clock)
+        pending = self._pending()
         until: datetime | None = None
         for _ in range(_MAX_STEPS):
             wish = wish_of(pending, keyring, timing=self._timing)
-            step = self._plan(keyring, now, wish)
+            step = self._plan(keyring, clock.now(), wish)
             if isinstance(step, Wait):
                 until = step.until
                 break
             try:
-                keyring = self._take(step, keyring, pending, now, mono)
+                keyring = self._take(step, keyring, pending, clock)
             except DocumentConflictError:
-                keyring = self._load(now, mono)
+                keyring = self._load(clock)
         else:
-            until = now
+            until = clock.now()
         for request in pending:
             result = judge(request, keyring, timing=self._timing)
             if result != request.result:
                 self._requests.answer(request, result)
+        now = clock.now()
         if self._swept_at is None or now - self._swept_at > _SWEEP_EVERY:
             self._requests.sweep(before=now - _KEEP_ANSWERED)
             self._swept_at = now
+        if self._trouble is not None:
+            raise self._trouble
         return until
 
     def _plan(self, keyring: Keyring, now: datetime, wish: Wish) -> Step | Wait:
         """Plan with what is known of the other replicas: that each serves a document `replica_lag` after its write."""
-        standby = keyring.standby
+        active, standby = keyring.active, keyring.standby
+        if standby is not None and standby.kid in self._lost:
+            return RevokeKey(standby.kid)  # It stands by for nothing: make another while the signer still signs.
+        if active is not None and active.kid in self._lost:
+            wish = replace(wish, rotate=True)
         served_since = None
         if standby is not None and standby.published_at is not None:
             served_since = standby.published_at + self._timing.replica_lag
@@ -127,8 +150,17 @@ class RotationDriver:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def _load(self, now: datetime, mono: float) -> Keyring:
+    def _pending(self) -> Sequence[RotationRequest]:
+        """Return the open requests, none where they cannot be read: a rotation that is due does not wait for them."""
+        try:
+            return self._requests.pending()
+        except KeyStoreUnavailableError as error:
+            self._trouble = error
+            return ()
+
+    def _load(self, clock: Clock) -> Keyring:
         """Read the document, and put it in force where it is new."""
+        now, mono = clock.now(), clock.mono()  # Before the reading: what is read is as new as that, or newer.
         document = self._document.load()
         view = self._holder.view
         if document is None:
@@ -144,22 +176,27 @@ class RotationDriver:
         return keyring
 
     def _adopt(self, keyring: Keyring, now: datetime, mono: float) -> None:
-        """Put `keyring` in force, with the signers of the key that signs and of the one that will."""
-        view = self._holder.view
-        complete = view is not None and (view.signer is not None or view.key is None)
-        if view is not None and view.keyring == keyring and complete:
+        """Put `keyring` in force, with the signers of the key that signs and of the one that will.
+
+        It is in force also where a signer cannot be had now: what is published, and what is revoked, does not wait.
+        """
+        view, active = self._holder.view, keyring.active
+        wanted = [record for record in (active, keyring.standby) if record is not None]
+        if view is not None and view.keyring == keyring and all(record.kid in self._signers for record in wanted):
             self._holder.confirm(now, mono)
             return
         signers: dict[str, Signer] = {}
-        for record in (keyring.active, keyring.standby):
-            if record is None:
-                continue
+        lost = set()
+        for record in wanted:
             try:
-                signers[record.kid] = self._signer(record)
+                signers[record.kid] = self._signers.get(record.kid) or self._store.signer(_stored(record))
             except KeyLostError as error:
-                self._events.key_lost(record.kid, error)
-        self._signers = signers
-        active = keyring.active
+                lost.add(record.kid)
+                if record.kid not in self._lost:
+                    self._events.key_lost(record.kid, error)
+            except KeyStoreUnavailableError as error:
+                self._trouble = error
+        self._signers, self._lost = signers, frozenset(lost)
         self._holder.adopt(
             KeyringView(
                 keyring=keyring,
@@ -170,34 +207,33 @@ class RotationDriver:
                 confirmed_mono=mono,
             )
         )
+        self._events.adopted(keyring)
 
-    def _signer(self, record: KeyRecord) -> Signer:
-        """Return the signer of `record`, proven to be its key."""
-        known = self._signers.get(record.kid)
-        return known if known is not None else self._store.signer(_stored(record))
+    def _prove(self, record: KeyRecord) -> None:
+        """Sign with the key of `record` as it is in Vault now, whatever is in memory. Raises `KeyLostError`."""
+        self._signers[record.kid] = self._store.signer(_stored(record))
 
     # -- acting ----------------------------------------------------------------------------------------------------
 
-    def _take(
-        self, step: Step, keyring: Keyring, pending: Sequence[RotationRequest], now: datetime, mono: float
-    ) -> Keyring:
+    def _take(self, step: Step, keyring: Keyring, pending: Sequence[RotationRequest], clock: Clock) -> Keyring:
         """Carry out `step` and write its result. Raises `DocumentConflictError` where somebody else was first."""
         created: StoredKey | None = None
         try:
             if isinstance(step, CreateKey):
                 created = self._store.create()
-                changed = keyring.with_created(created.jwk, created.version, now)
+                changed = keyring.with_created(created.jwk, created.version, clock.now())
             else:
-                changed = self._changed(step, keyring, pending, now)
+                changed = self._changed(step, keyring, pending, clock)
         except KeyLostError as error:
             kid = getattr(step, "kid", "")
             self._events.key_lost(kid, error)
             # A key that nobody can sign with must not be published or activated: give it up, and plan anew.
-            step, changed = RevokeKey(kid), keyring.with_revoked(kid, now, self._timing)
+            step, changed = RevokeKey(kid), keyring.with_revoked(kid, clock.now(), self._timing)
         if created is not None:
             # Until the document names it, the key is nobody's: if the write fails, the next reading tells whether to
             # destroy it.
             self._unplaced.append(created)
+        now, mono = clock.now(), clock.mono()
         content = keyring_to_content(changed, store=self._store_name)
         self._version = self._document.replace(content, expected_version=self._version)
         self._unplaced = [key for key in self._unplaced if changed.get(key.jwk.kid) is None]
@@ -205,39 +241,43 @@ class RotationDriver:
         self._adopt(changed, now, mono)
         return changed
 
-    def _changed(self, step: Step, keyring: Keyring, pending: Sequence[RotationRequest], now: datetime) -> Keyring:
+    def _changed(self, step: Step, keyring: Keyring, pending: Sequence[RotationRequest], clock: Clock) -> Keyring:
         """Return what `keyring` becomes by `step`, having done what must come before the write."""
         match step:
             case PublishKey(kid):
-                self._signer(_required(keyring, kid))
-                return keyring.with_published(kid, now)
+                self._prove(_required(keyring, kid))
+                return keyring.with_published(kid, clock.now())
             case ActivateKey(kid):
-                self._signer(_required(keyring, kid))
+                self._prove(_required(keyring, kid))
+                # Breakglass first: CI's requests are answered by their time as well, and can be many.
                 answers = [
                     request.request_id
-                    for request in pending
+                    for request in sorted(pending, key=lambda request: not request.breakglass)
                     if request.kind is not RequestKind.REVOKE
                     and judge(request, keyring, timing=self._timing).status is RequestStatus.ACCEPTED
                 ]
-                return keyring.with_activated(kid, now, self._timing, answers=answers[:_ANSWERS_KEPT])
+                return keyring.with_activated(kid, clock.now(), self._timing, answers=answers[:_ANSWERS_KEPT])
             case RemoveKey(kid):
-                return keyring.with_removed(kid, now)
+                return keyring.with_removed(kid, clock.now())
             case RevokeKey(kid):
-                return keyring.with_revoked(kid, now, self._timing)
+                return keyring.with_revoked(kid, clock.now(), self._timing)
             case DestroyKey(kid):
                 self._store.destroy(_stored(_required(keyring, kid)), live=[_stored(key) for key in keyring.live])
-                return keyring.with_destroyed(kid, now)
+                return keyring.with_destroyed(kid, clock.now())
             case CreateKey():  # pragma: no cover - made by _take, which must keep the new key at hand
                 raise AssertionError(step)
 
     def _destroy_unplaced(self, keyring: Keyring) -> None:
         """Destroy the keys that this replica made and that lost the race for the document."""
         live = [_stored(key) for key in keyring.live]
-        while self._unplaced:
-            key = self._unplaced[-1]
+        for key in tuple(self._unplaced):
             if keyring.get(key.jwk.kid) is None:
-                self._store.destroy(key, live=live)
-            self._unplaced.pop()
+                try:
+                    self._store.destroy(key, live=live)
+                except KeyStoreUnavailableError as error:
+                    self._trouble = error
+                    continue
+            self._unplaced.remove(key)
 
 
 def _stored(record: KeyRecord) -> StoredKey:

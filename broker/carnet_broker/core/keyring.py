@@ -119,7 +119,8 @@ class Timing:
     def __post_init__(self) -> None:
         """Refuse durations that contradict each other, with `ValueError`."""
         if self.rotate_every + self.poller_window >= self.sign_for:
-            msg = "sign_for must be longer than rotate_every + max_age + poller_interval + skew: the key would end first"
+            needed = "rotate_every + max_age + poller_interval + skew"
+            msg = f"sign_for must be longer than {needed}: the key would end before the next one signs"
             raise ValueError(msg)
         if self.island > self.sign_for:
             msg = "island must not be longer than sign_for"
@@ -161,7 +162,7 @@ class KeyRecord:
         """The RFC 7638 thumbprint of the public key."""
         return self.jwk.kid
 
-    def moved(self, state: KeyState, **changes: Any) -> KeyRecord:
+    def moved(self, state: KeyState, **changes: Any) -> KeyRecord:  # noqa: ANN401 - fields of many types
         """Return this record in `state`. Raises `ValueError` for a move that `TRANSITIONS` does not have."""
         if state not in TRANSITIONS[self.state]:
             msg = f"key {self.kid} cannot go from {self.state} to {state}"
@@ -236,7 +237,7 @@ class Keyring:
             for key in self.keys
         ]
         changed = replace(self, keys=tuple(keys))
-        return changed._moved(
+        return changed._moved(  # noqa: SLF001 - of this class
             kid, KeyState.ACTIVE, activated_at=now, sign_until=now + timing.sign_for, answers=tuple(answers)
         )
 
@@ -267,7 +268,7 @@ class Keyring:
             raise ValueError(msg)
         return key
 
-    def _moved(self, kid: str, state: KeyState, **changes: Any) -> Keyring:
+    def _moved(self, kid: str, state: KeyState, **changes: Any) -> Keyring:  # noqa: ANN401 - as above
         moved = self._require(kid).moved(state, **changes)
         return self._next(tuple(moved if key.kid == kid else key for key in self.keys))
 
@@ -340,14 +341,24 @@ class Wish:
     """Key ids to stop trusting at once."""
 
 
-def plan(
-    keyring: Keyring, *, now: datetime, timing: Timing, served_since: datetime | None, wish: Wish
-) -> Step | Wait:
+def plan(keyring: Keyring, *, now: datetime, timing: Timing, served_since: datetime | None, wish: Wish) -> Step | Wait:
     """Return the next step, or how long there is none.
 
     `served_since` is the moment from which every live replica has served the STANDBY key; None where that is not known
     yet, which lets nothing activate it but a wish "now".
     """
+    step = _plan_at_once(keyring, wish)
+    if step is not None:
+        return step
+    rotation = _plan_rotation(keyring, now, timing, served_since, rotate=wish.rotate)
+    if isinstance(rotation, ActivateKey):
+        return rotation
+    # Tidying comes last: where a private key cannot be destroyed, the keys go on rotating all the same.
+    return _plan_tidying(keyring, now) or rotation
+
+
+def _plan_at_once(keyring: Keyring, wish: Wish) -> RevokeKey | ActivateKey | PublishKey | CreateKey | None:
+    """Decide on what no clock has a say in."""
     for kid in wish.revoke:
         key = keyring.get(kid)
         if key is not None and key.state is not KeyState.REVOKED:
@@ -360,13 +371,18 @@ def plan(
     full = len(keyring.published) >= MAX_PUBLISHED_KEYS
     if standby is None and not full:
         return CreateKey()
-    for key in keyring.keys:
-        if key.state is KeyState.REMOVED or (key.state is KeyState.REVOKED and key.destroyed_at is None):
-            return DestroyKey(key.kid)
+    return None
+
+
+def _plan_tidying(keyring: Keyring, now: datetime) -> RemoveKey | DestroyKey | None:
+    """Decide on what is no longer needed."""
     for key in keyring.in_state(KeyState.RETIRED):
         if key.keep_until is not None and key.keep_until <= now:
             return RemoveKey(key.kid)
-    return _plan_rotation(keyring, now, timing, served_since, rotate=wish.rotate)
+    for key in keyring.keys:
+        if key.state is KeyState.REMOVED or (key.state is KeyState.REVOKED and key.destroyed_at is None):
+            return DestroyKey(key.kid)
+    return None
 
 
 def _plan_rotation(

@@ -1,0 +1,226 @@
+"""Rotation drivers over one Vault in memory, with every call that they make to it at hand.
+
+`Vault` is what all replicas share, `Replica` what one process has. A *tap* stands between the two: it gets the name of
+each call and the call itself, and decides what becomes of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Final, TypeAlias
+
+from carnet_broker.core.keyring import Keyring, KeyState, Step, Timing
+from carnet_broker.core.keyring_document import keyring_of_content
+from carnet_broker.core.requests import RequestKind, RequestStatus
+from carnet_broker.ports import KeyLostError, KeyStoreUnavailableError
+from carnet_broker.rotation import RotationDriver
+from carnet_broker.signing import KeyringHolder
+from support.fakes import FakeKeyringDocument, FakeKeyStore, FakeRotationRequests
+from support.keyrings import ISSUER, T0, TIMING
+
+__all__ = ["FAULTS", "FaultAt", "Heard", "KilledError", "ManualClock", "Replica", "Tap", "Vault", "straight_through"]
+
+Tap: TypeAlias = Callable[[str, Callable[[], Any]], Any]
+
+
+def straight_through(name: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - the answer of any call
+    """Do the call."""
+    del name
+    return call()
+
+
+class KilledError(BaseException):
+    """The process is killed: nothing that the driver does catches this."""
+
+
+class ManualClock:
+    """A clock that stands until it is moved. `mono` may be held back, as in a suspend."""
+
+    def __init__(self, now: datetime = T0) -> None:
+        self._now = now
+        self.slept = timedelta(0)
+
+    def now(self) -> datetime:
+        """Return the wall time."""
+        return self._now
+
+    def mono(self) -> float:
+        """Return monotonic seconds."""
+        return (self._now - T0 - self.slept).total_seconds()
+
+    def pass_time(self, duration: timedelta) -> None:
+        """Move both clocks."""
+        self._now += duration
+
+    def sleep(self, duration: timedelta) -> None:
+        """Move the wall clock only."""
+        self._now += duration
+        self.slept += duration
+
+
+class Vault:
+    """What the replicas share."""
+
+    def __init__(self, clock: ManualClock, *, versioned: bool = False) -> None:
+        self.clock = clock
+        self.store_name = "transit" if versioned else "kv"
+        self.store = FakeKeyStore(versioned=versioned)
+        self.document = FakeKeyringDocument()
+        self.requests = FakeRotationRequests()
+
+    @property
+    def history(self) -> list[Keyring]:
+        """Every keyring that was ever in force, oldest first."""
+        return [self._parse(number) for number in range(len(self.document.written))]
+
+    @property
+    def keyring(self) -> Keyring:
+        """The keyring in force."""
+        return self._parse(-1) if self.document.written else Keyring(issuer=ISSUER)
+
+    def _parse(self, number: int) -> Keyring:
+        content = json.loads(self.document.written[number])
+        return keyring_of_content(content, issuer=ISSUER, store=self.store_name)
+
+    @property
+    def states(self) -> list[KeyState]:
+        """The states of the keys, oldest first."""
+        return [key.state for key in self.keyring.keys]
+
+    @property
+    def orphans(self) -> set[str]:
+        """The private keys that no entry of the keyring needs."""
+        return set(self.store.keys) - {key.kid for key in self.keyring.live}
+
+    @property
+    def bereft(self) -> set[str]:
+        """The live keys whose private key is not there."""
+        return {key.kid for key in self.keyring.live} - set(self.store.keys)
+
+    def ask(self, kind: RequestKind = RequestKind.ROTATE, kid: str | None = None, *, breakglass: bool = False) -> str:
+        """Put a request into the letter box, now."""
+        return self.requests.submit(kind, kid, breakglass=breakglass, created_at=self.clock.now())
+
+    def reason(self, request_id: str) -> str | None:
+        """Return the reason of the answer to a request, None before there is one."""
+        result = self.requests.result(request_id)
+        return None if result is None else result.reason
+
+    @property
+    def unanswered(self) -> list[str]:
+        """The requests that have no final answer."""
+        final = {RequestStatus.DONE, RequestStatus.REFUSED}
+        results = self.requests.results
+        return [name for name in self.requests.requests if name not in results or results[name].status not in final]
+
+
+@dataclass
+class Heard:
+    """What a driver told of itself."""
+
+    steps: list[str] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+    def step_taken(self, step: Step, keyring: Keyring) -> None:
+        """Keep the name of the step."""
+        del keyring
+        self.steps.append(type(step).__name__)
+
+    def adopted(self, keyring: Keyring) -> None:
+        """Keep the generation."""
+        self.generations.append(keyring.generation)
+
+    def key_lost(self, kid: str, error: KeyLostError) -> None:
+        """Keep the kid."""
+        del error
+        self.lost.append(kid)
+
+
+class _Tapped:
+    """A port whose every call goes through a tap."""
+
+    def __init__(self, port: object, tap: Callable[[], Tap]) -> None:
+        self._port = port
+        self._tap = tap
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - a method of any port
+        method = getattr(self._port, name)
+        return lambda *args, **more: self._tap()(name, lambda: method(*args, **more))
+
+
+class Replica:
+    """One process: a driver and what it holds."""
+
+    def __init__(
+        self,
+        vault: Vault,
+        *,
+        tap: Tap = straight_through,
+        timing: Timing = TIMING,
+        issuer: str = ISSUER,
+        store_name: str | None = None,
+    ) -> None:
+        self.vault = vault
+        self.tap = tap
+        self.heard = Heard()
+        self.holder = KeyringHolder(island=timing.island)
+        document, store, requests = (
+            _Tapped(port, lambda: self.tap) for port in (vault.document, vault.store, vault.requests)
+        )
+        self.driver = RotationDriver(
+            document=document,
+            store=store,
+            requests=requests,
+            holder=self.holder,
+            events=self.heard,
+            issuer=issuer,
+            store_name=store_name or vault.store_name,
+            timing=timing,
+        )
+
+    def tick(self) -> datetime | None:
+        """Do one round."""
+        return self.driver.tick(self.vault.clock)
+
+    def signs_with(self) -> str:
+        """Return the kid of the key that it signs with now. Raises `NoSigningKeyError`."""
+        clock = self.vault.clock
+        key, signer = self.holder.signing_key(clock.now(), clock.mono())
+        assert key.kid == signer.kid
+        return key.kid
+
+
+class FaultAt:
+    """A tap at which the `number`-th call (from 0) goes wrong in one of the ways of `FAULTS`; the others go through."""
+
+    def __init__(self, number: int, fault: str) -> None:
+        self._number = number
+        self._fault = fault
+        self.calls: list[str] = []
+        self.struck: str | None = None
+        """The call that went wrong."""
+
+    def __call__(self, name: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401 - the answer of any call
+        """Do the call, or let it go wrong."""
+        self.calls.append(name)
+        if len(self.calls) - 1 != self._number:
+            return call()
+        self.struck = name
+        done, error = FAULTS[self._fault]
+        if done:
+            call()
+        msg = f"{name} is made to go wrong: {self._fault}"
+        raise error(msg)
+
+
+FAULTS: Final[dict[str, tuple[bool, type[BaseException]]]] = {
+    "refused": (False, KeyStoreUnavailableError),
+    "answer lost": (True, KeyStoreUnavailableError),
+    "killed before": (False, KilledError),
+    "killed after": (True, KilledError),
+}
+"""What can become of a call: whether it takes effect, and what its caller sees."""
