@@ -30,8 +30,6 @@ _GRACE: Final = 1.0
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _END: Final = object()
-_ending: Final[set[asyncio.Task[None]]] = set()
-"""Held until they are done: the event loop itself does not hold its tasks."""
 
 
 class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
@@ -46,6 +44,8 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._verifier = verifier
         self._guard = Guard(rules, stream=stream)
+        # Held until they are done: the event loop itself does not hold its tasks.
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def intercept_service(
         self,
@@ -73,7 +73,7 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
             CALLER.set(admitted.claims)  # The task of the call has a context of its own.
             if not streaming:
                 return await behavior(argument, context)
-            with _cut_off(admitted, context):
+            with self._cut_off(admitted, context):
                 return await _until_end(behavior(argument, context), admitted, context)
 
         return respond
@@ -85,7 +85,7 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
             admitted = await self._admit_or_abort(method, context)
             CALLER.set(admitted.claims)
             messages = behavior(argument, context)
-            with _cut_off(admitted, context):
+            with self._cut_off(admitted, context):
                 async with contextlib.aclosing(messages):
                     while (message := await _until_end(anext(messages, _END), admitted, context)) is not _END:
                         yield message
@@ -126,6 +126,28 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
             _log.warning("refused %r to %s: %s", method, describe_peer(peer), refused)
             return refused.refusal
 
+    @contextlib.contextmanager
+    def _cut_off(self, admitted: Admitted, context: _Context) -> Iterator[None]:
+        """End the call shortly after the caller's right ended, should it still be there: writing, and nobody reads."""
+        left = admitted.seconds_left(datetime.now(UTC))
+        if left is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        call = cast("asyncio.Task[Any]", asyncio.current_task())
+
+        def end() -> None:
+            # From a task of its own: a call that is cancelled sends no status, and this one waits for the reader.
+            self._ending.add(ending := loop.create_task(_send(context, Refusal.TOKEN_ENDED)))
+            ending.add_done_callback(self._ending.discard)
+            loop.call_soon(call.cancel)
+
+        timer = loop.call_later(left + _GRACE, end)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
 
 async def _until_end(step: Awaitable[Any], admitted: Admitted, context: _Context) -> Any:  # noqa: ANN401 - as above
     """Return what `step` returns; end the call when the caller's right ends first."""
@@ -139,29 +161,6 @@ async def _until_end(step: Awaitable[Any], admitted: Admitted, context: _Context
     if admitted.is_over(datetime.now(UTC)):  # Timers stand still while a laptop sleeps.
         await _abort(context, Refusal.TOKEN_ENDED)
     return result
-
-
-@contextlib.contextmanager
-def _cut_off(admitted: Admitted, context: _Context) -> Iterator[None]:
-    """End the call shortly after the caller's right ended, should it still be there: writing, and nobody reads."""
-    left = admitted.seconds_left(datetime.now(UTC))
-    if left is None:
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    call = cast("asyncio.Task[Any]", asyncio.current_task())
-
-    def end() -> None:
-        # The status goes out from a task of its own, for a call that is cancelled sends none; it waits for the reader.
-        _ending.add(ending := loop.create_task(_send(context, Refusal.TOKEN_ENDED)))
-        ending.add_done_callback(_ending.discard)
-        loop.call_soon(call.cancel)
-
-    timer = loop.call_later(left + _GRACE, end)
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 async def _send(context: _Context, refusal: Refusal) -> None:
