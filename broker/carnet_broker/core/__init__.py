@@ -1,0 +1,1 @@
+"""The rules of the broker: pure and synchronous. Bytes and values in, values out."""
