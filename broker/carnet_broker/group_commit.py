@@ -2,6 +2,9 @@
 
 While one write is under way, the records of all calls that come in collect, and go out together with the next one. So a
 quiet broker answers after one write, and a busy one makes no more writes than the disk can take.
+
+A thread that hangs in a sync cannot be called back. Its callers can: each is refused after the deadline, and while a
+write is under way for longer than that, new callers are refused at once and nothing collects.
 """
 
 from __future__ import annotations
@@ -10,11 +13,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from datetime import timedelta
+from typing import Final
 
 from carnet_broker.core.ledger import IssueRecord
 from carnet_broker.ports import AuditUnavailableError
 
 __all__ = ["GroupCommit"]
+
+_HANGING: Final = "the audit file did not take the record in time: is its disk hanging?"
 
 
 class GroupCommit:
@@ -23,23 +29,32 @@ class GroupCommit:
     def __init__(
         self, write: Callable[[Sequence[IssueRecord]], None], executor: Executor, *, deadline: timedelta
     ) -> None:
-        """`write` blocks until its records are durable, or raises `AuditUnavailableError`; it runs in `executor`."""
+        """`write` blocks until its records are durable, or raises `AuditUnavailableError`; it runs in `executor`.
+
+        `deadline`: how long a caller waits.
+        """
         self._write = write
         self._executor = executor
         self._deadline = deadline.total_seconds()
         self._waiting: list[tuple[Sequence[IssueRecord], asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
+        self._writing_since = 0.0
+        """By the loop's clock; of use while there is a `_writer`."""
 
     async def __call__(self, records: Sequence[IssueRecord]) -> None:
         """Return when `records` are durable. Raises `AuditUnavailableError`, after the deadline at the latest.
 
-        A caller that is cancelled while its records are being written leaves them written: they count as issued.
+        A caller that gives up or is cancelled while its records wait leaves no record. One whose records are being
+        written may leave them: they count as issued.
         """
         loop = asyncio.get_running_loop()
+        if self._writer is None:
+            self._writing_since = loop.time()
+            self._writer = loop.create_task(self._write_groups())
+        elif loop.time() - self._writing_since > self._deadline:
+            raise AuditUnavailableError(_HANGING)
         done = loop.create_future()
         self._waiting.append((records, done))
-        if self._writer is None:
-            self._writer = loop.create_task(self._write_groups())
         timer = loop.call_later(self._deadline, _give_up, done)
         try:
             await done
@@ -50,10 +65,8 @@ class GroupCommit:
         """Write group after group until nobody waits."""
         loop = asyncio.get_running_loop()
         try:
-            while self._waiting:
-                group, self._waiting = self._waiting, []
-                # Who gave up waiting gets no token, so its record would tell of one that never was.
-                group = [(records, done) for records, done in group if not done.done()]
+            while group := self._next_group():
+                self._writing_since = loop.time()
                 failure: AuditUnavailableError | None = None
                 try:
                     records = [record for records, _ in group for record in records]
@@ -68,8 +81,12 @@ class GroupCommit:
         finally:
             self._writer = None
 
+    def _next_group(self) -> list[tuple[Sequence[IssueRecord], asyncio.Future[None]]]:
+        """Take all that wait. Who gave up gets no token, so its record would tell of one that never was."""
+        group, self._waiting = self._waiting, []
+        return [(records, done) for records, done in group if not done.done()]
+
 
 def _give_up(done: asyncio.Future[None]) -> None:
     if not done.done():
-        msg = "the audit file did not take the record in time: is its disk hanging?"
-        done.set_exception(AuditUnavailableError(msg))
+        done.set_exception(AuditUnavailableError(_HANGING))

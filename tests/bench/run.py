@@ -3,6 +3,9 @@
 Absolute figures are from one machine; the ratios of one run are what counts. Variants take turns, round by round, so
 that a drifting machine touches all of them alike; the median is quoted. Nothing here fails: it measures.
 
+The audit record is written with ``durability: write``, so that the stacks are compared and not the disk; the variant
+``fsync`` has the broker's default.
+
 ``run.py [--rounds N] [--seconds S] [--write FILE]``
 """
 
@@ -35,6 +38,7 @@ class Variant:
     threads: int
     in_flight: int = 32
     batch: int = 1
+    durability: str = "write"
 
 
 VARIANTS = (
@@ -45,6 +49,7 @@ VARIANTS = (
     Variant("sync 4 threads, 16 tokens a call", "sync", 4, batch=16),
     Variant("aio, 1 in flight", "aio", 0, in_flight=1),
     Variant("sync 4 threads, 1 in flight", "sync", 4, in_flight=1),
+    Variant("aio, 1 token a call, fsync", "aio", 0, durability="fsync"),
 )
 
 
@@ -61,7 +66,14 @@ def _cpu_seconds(pid: int) -> float:
 @contextmanager
 def _server(variant: Variant, directory: Path) -> Iterator[tuple[int, str]]:
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "stack_server.py"), variant.stack, str(variant.threads), str(directory)],
+        [
+            sys.executable,
+            str(HERE / "stack_server.py"),
+            variant.stack,
+            str(variant.threads),
+            variant.durability,
+            str(directory),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=_environment(),
@@ -76,9 +88,19 @@ def _server(variant: Variant, directory: Path) -> Iterator[tuple[int, str]]:
 
 def _tokens(address: str, directory: Path, seconds: float, variant: Variant) -> int:
     done = subprocess.run(
-        [sys.executable, str(HERE / "token_client.py"), address, str(directory), str(seconds),
-         str(variant.in_flight), str(variant.batch)],
-        env=_environment(), capture_output=True, text=True, check=True,
+        [
+            sys.executable,
+            str(HERE / "token_client.py"),
+            address,
+            str(directory),
+            str(seconds),
+            str(variant.in_flight),
+            str(variant.batch),
+        ],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(done.stdout)
 

@@ -1,6 +1,9 @@
 """One token server, on the stack that is named: the real handler, issuer, audit file and TLS. For `run.py` alone.
 
-``stack_server.py aio|sync THREADS DIR``: prints its port, and serves until its standard input is closed.
+``stack_server.py aio|sync THREADS fsync|write DIR``: prints its port, and serves until its standard input is closed.
+
+With ``write`` the stacks are compared and not the disk: both hand each record to the kernel before the token leaves.
+With ``fsync`` the broker's own stack syncs once for all that wait; the sync stack would sync once for each call.
 """
 
 from __future__ import annotations
@@ -90,7 +93,7 @@ def _run_to_end(coroutine: Any) -> Any:  # noqa: ANN401 - whatever it returns
 
 
 class _SyncServicer(token_pb2_grpc.TokenServiceServicer):
-    """The same work on the sync stack: the audit write blocks the thread, and the audit file groups the threads."""
+    """The same work on the sync stack: each call writes its own record, and blocks its thread for it."""
 
     def __init__(self, issuer: Issuer, peers: _Peers) -> None:
         self._issuer, self._peers, self._clock = issuer, peers, SystemClock()
@@ -111,8 +114,7 @@ class _SyncServicer(token_pb2_grpc.TokenServiceServicer):
         return token_pb2.IssueTokensResponse(results=[tokens.result(answer) for answer in answers])
 
 
-def _serve_sync(threads: int, directory: Path, ca: CertificateAuthority, pems: TlsPems) -> None:
-    audit = JsonLinesAudit(directory / "audit")
+def _serve_sync(threads: int, audit: JsonLinesAudit, ca: CertificateAuthority, pems: TlsPems) -> None:
 
     async def commit(records: Any) -> None:  # noqa: ANN401 - as the port
         audit.issue(records)
@@ -126,8 +128,7 @@ def _serve_sync(threads: int, directory: Path, ca: CertificateAuthority, pems: T
     server.stop(0).wait()
 
 
-async def _serve_aio(directory: Path, ca: CertificateAuthority, pems: TlsPems) -> None:
-    audit = JsonLinesAudit(directory / "audit")
+async def _serve_aio(audit: JsonLinesAudit, ca: CertificateAuthority, pems: TlsPems) -> None:
     commit = GroupCommit(audit.issue, ThreadPoolExecutor(1), deadline=timedelta(seconds=5))
     calls = AuthenticatedCalls(_Peers(ca), Telemetry(), read_within=timedelta(seconds=5))
     server = new_server(ListenerLimits(), [calls])
@@ -142,17 +143,18 @@ async def _serve_aio(directory: Path, ca: CertificateAuthority, pems: TlsPems) -
 
 def main() -> None:
     """Serve."""
-    stack, threads, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    stack, threads, durability, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     ca = CertificateAuthority.create()
     mine = ca.issue(BROKER, dns_names=[BROKER_NAME])
     theirs = ca.issue("spiffe://prod.example/ns/shop/sa/orders")
     theirs.write(directory, "orders")
     (directory / "ca.pem").write_bytes(ca.root_pem)
     pems = TlsPems(mine.private_key_pem, mine.certificate_pem, ca.root_pem)
+    audit = JsonLinesAudit(directory / "audit", durability=durability)
     if stack == "sync":
-        _serve_sync(threads, directory, ca, pems)
+        _serve_sync(threads, audit, ca, pems)
     else:
-        uvloop.run(_serve_aio(directory, ca, pems))
+        uvloop.run(_serve_aio(audit, ca, pems))
 
 
 if __name__ == "__main__":

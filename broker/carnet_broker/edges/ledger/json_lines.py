@@ -1,8 +1,10 @@
 """The audit record as JSON lines in files: durable before a token leaves.
 
 A failed write or sync is the end of that file: what of it is on the disk is unknown, and after a failed fsync the
-kernel forgets what it could not write. All that waited are told, and nothing is issued until a new file has taken its
-first line. A thread of this module tries that again and again; callers are refused at once meanwhile.
+kernel forgets what it could not write. Nothing is issued until a new file has taken its first line. A thread of this
+module tries that again and again; callers are refused at once meanwhile.
+
+One thread writes at a time, and each call is a write of its own: `group_commit` is where many become one.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from typing import Final
 from carnet.errors import ConfigError
 from carnet_broker.core.ledger import IssueRecord, OpenedRecord, RefusalRecord
 from carnet_broker.edges.ledger.files import LedgerFile, mend
-from carnet_broker.edges.ledger.group_writer import GroupWriter
 from carnet_broker.edges.ledger.refusals import RefusalFiles
 from carnet_broker.ports import AuditUnavailableError
 
@@ -32,6 +33,7 @@ __all__ = ["Durability", "JsonLinesAudit", "LedgerLimits"]
 _LOG: Final = logging.getLogger(__name__)
 _TICK: Final = 0.05
 _CLOSED: Final = "the audit record is closed: the broker is shutting down"
+_HANGING: Final = "the disk of the audit record does not answer"
 
 
 class Durability(StrEnum):
@@ -48,7 +50,8 @@ class LedgerLimits:
     """The bounds of the ledger."""
 
     deadline: timedelta = timedelta(seconds=2)
-    """How long a caller waits while another one writes; see `GroupWriter.commit`."""
+    """How long a caller waits while another one writes, and how long a write takes until the disk counts as hanging.
+    The caller that writes waits as long as its write does: no thread can be called back from a disk."""
     pause: timedelta = timedelta(seconds=1)
     """Between a failure and the next try to open a file."""
     max_file_bytes: int = 64 * 1024 * 1024
@@ -89,7 +92,8 @@ class JsonLinesAudit:
         self._trouble: str | None = None
         self._try_again_at = 0.0
         self._dirty = False
-        self._release = False
+        self._lock = threading.Lock()
+        self._writing_since: float | None = None
         self._closing = threading.Event()
         self._refusals_fail = False
         self._file: LedgerFile | None = None
@@ -102,7 +106,6 @@ class JsonLinesAudit:
                 " process may write to, as audit.directory in the configuration"
             )
             raise ConfigError(msg) from error
-        self._writer = GroupWriter(self._write, deadline=limits.deadline, mono=mono)
         self._refusals = RefusalFiles(
             directory,
             per_second=limits.refusals_per_second,
@@ -116,16 +119,26 @@ class JsonLinesAudit:
     @property
     def writable(self) -> bool:
         """Whether records are taken now, as far as is known."""
-        return self._trouble is None and not self._closing.is_set() and not self._writer.hangs
+        return self._trouble is None and not self._closing.is_set() and not self._hangs
+
+    @property
+    def _hangs(self) -> bool:
+        """Whether a write has been under way for longer than the deadline."""
+        since = self._writing_since
+        return since is not None and self._mono() - since > self._deadline
 
     def issue(self, records: Sequence[IssueRecord]) -> None:
-        """Make the intents to issue durable. Raises `AuditUnavailableError`, at once while the last failure stands."""
+        """Make the intents to issue durable.
+
+        Raises `AuditUnavailableError`: at once while the last failure stands or another caller's write hangs, and after
+        the deadline where the file did not become free.
+        """
         if self._closing.is_set():
             raise AuditUnavailableError(_CLOSED)
         if self._trouble is not None:
             raise AuditUnavailableError(self._trouble)
         if records:
-            self._writer.commit(b"".join([record.to_line() for record in records]), sync=self._sync_each)
+            self._commit(b"".join([record.to_line() for record in records]), sync=self._sync_each)
 
     def refusal(self, record: RefusalRecord) -> None:
         """Take a refusal, or count it. It is written within a tenth of a second, where there is room."""
@@ -136,10 +149,23 @@ class JsonLinesAudit:
         self._closing.set()
         self._thread.join(timeout=self._deadline)  # A disk that hangs does not keep the process from ending.
 
-    # -- under the group writer: one thread at a time ------------------------------------------------------------------
+    def _commit(self, data: bytes, *, sync: bool) -> None:
+        """Write `data`, and sync if `sync`. Raises `AuditUnavailableError`."""
+        if self._hangs or not self._lock.acquire(timeout=self._deadline):
+            raise AuditUnavailableError(_HANGING)
+        try:
+            self._writing_since = self._mono()
+            failure = self._write(data, sync=sync)
+        finally:
+            self._writing_since = None
+            self._lock.release()
+        if failure is not None:
+            raise AuditUnavailableError(failure)
 
-    def _write(self, data: bytes, sync: bool) -> str | None:  # noqa: FBT001 - the shape that GroupWriter calls
-        """Write one group, and return why that failed, None where it did not."""
+    # -- under the lock ------------------------------------------------------------------------------------------------
+
+    def _write(self, data: bytes, *, sync: bool) -> str | None:
+        """Write, and return why that failed, None where it did not."""
         if self._trouble is not None and self._mono() < self._try_again_at:
             return self._trouble
         try:
@@ -156,10 +182,17 @@ class JsonLinesAudit:
         if self._trouble is not None:
             _LOG.warning("the audit record in %s is written again", self._directory)
             self._trouble = None
-        if self._release:
-            self._let_go()
-            self._trouble, self._try_again_at = _CLOSED, math.inf
         return None
+
+    def _finish(self) -> None:
+        """Sync what was only written, let go of the file, and take no more."""
+        if self._file is not None and self._dirty:
+            try:
+                self._file.sync()
+            except OSError as error:
+                self._fail(error)
+        self._let_go()
+        self._trouble, self._try_again_at = _CLOSED, math.inf
 
     def _current_file(self) -> LedgerFile:
         """Return the file to write to: a new one where it is due, or where the last one failed. Raises `OSError`."""
@@ -206,9 +239,8 @@ class JsonLinesAudit:
             self._tick()
         self._refusals.write(self._now(), self._mono())
         self._refusals.close()
-        self._release = True
-        with contextlib.suppress(AuditUnavailableError):  # Those whose records are held are told; nobody is told here.
-            self._writer.commit(b"", sync=True)
+        with self._lock:  # However long a write still takes: `close` does not wait for it.
+            self._finish()
 
     def _tick(self) -> None:
         error = self._refusals.write(self._now(), self._mono())
@@ -218,4 +250,4 @@ class JsonLinesAudit:
         failed = self._trouble is not None and self._mono() >= self._try_again_at
         if failed or (self._dirty and not self._sync_each):
             with contextlib.suppress(AuditUnavailableError):  # It is kept as `_trouble`, and logged.
-                self._writer.commit(b"", sync=True)
+                self._commit(b"", sync=True)
