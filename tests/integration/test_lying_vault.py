@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import socket
 import ssl
 import threading
 import time
@@ -47,7 +48,9 @@ from support.lying_vault import CANARY_TOKEN, Lie, LyingVault, Received, drip, o
 
 _SECRET_ID = "canary-secret-id"
 _ROLE_ID = "canary-role-id"
-_TIMEOUT = 0.6
+_TIMEOUT = 1.0
+_SLACK = 2.0
+"""Seconds that a busy machine may add; a call that is not bounded takes far longer."""
 _KEY = ec.generate_private_key(ec.SECP256R1())
 _STORED = StoredKey(PublicJWK.of(_KEY.public_key()), 2)
 _PEM = (
@@ -115,7 +118,7 @@ def _fails(session: VaultSession, operation: Callable[[VaultSession], object]) -
     started = time.monotonic()
     with pytest.raises(KeyStoreUnavailableError) as caught:
         operation(session)
-    assert time.monotonic() - started < _TIMEOUT + 0.4
+    assert time.monotonic() - started < _TIMEOUT + _SLACK
     _check_no_secret(caught.value)
     assert session.settings.address in str(caught.value)
     return caught.value
@@ -270,9 +273,10 @@ def test_k05_slow_server_behind_tls_is_left_in_time(tmp_path: Path, data: bytes)
 
 def test_k05_handshake_that_never_ends_is_left_in_time(vault: LyingVault):
     """A server that takes the connection and says nothing of TLS holds a call no longer than any other."""
-    address = vault.address.replace("http", "https")
-    session = VaultSession(_settings(vault, address=address))
-    assert "did not answer in time" in str(_fails(session, VaultSession.check))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        session = VaultSession(_settings(vault, address=address))
+        assert "did not answer in time" in str(_fails(session, VaultSession.check))
 
 
 def test_endless_body_is_left_at_its_limit(vault: LyingVault, session: VaultSession):
