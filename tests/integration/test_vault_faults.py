@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from carnet.errors import ConfigError
 from carnet_broker.demo.openbao import OpenBao
 from carnet_broker.edges.vault import (
     KvKeyStore,
+    RotationClient,
     TransitKeyStore,
     VaultKeyringDocument,
     VaultRotationRequests,
@@ -249,6 +251,8 @@ def test_k05_ca_that_does_not_vouch(place: VaultPlace, tmp_path: Path):
         session = place.session(ca_file=ca_file)
         with pytest.raises(KeyStoreUnavailableError, match=r"TLS failed \(.*certificate"):
             session.check()
+        with pytest.raises(ConfigError, match="VAULT_CACERT is wrong or not set"):
+            RotationClient(place.session("ci", ca_file=ca_file)).keyring()
     session = place.session(ca_file=other)
     with pytest.raises(KeyStoreUnavailableError):
         session.check()

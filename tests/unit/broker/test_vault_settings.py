@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from carnet.errors import ConfigError
+from carnet.testing.ca import CertificateAuthority
 from carnet_broker.edges.vault import SecretFile, SecretValue, VaultSettings
 
 _SETTINGS = VaultSettings(
@@ -164,3 +165,27 @@ def test_secret_value_that_is_none_is_named(value: str):
 def test_secret_value_is_stripped():
     """White space around a value, as a shell may leave it, does not matter."""
     assert "abc" == SecretValue("VAULT_SECRET_ID", " abc\n")()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "cannot be read"), (b"", "holds no certificate"), (b"canary", "holds no certificate")],
+)
+def test_files_are_checked_at_the_start(tmp_path: Path, content: bytes | None, says: str):
+    """A CA file that cannot be used is named before anything is sent; the twin: one that can be used passes."""
+    good = tmp_path / "good.pem"
+    good.write_bytes(CertificateAuthority.create("prod.example").root_pem)
+    replace(_SETTINGS, ca_file=good).check_files()
+    _SETTINGS.check_files()
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{file} {says}"):
+        replace(_SETTINGS, ca_file=file).check_files()
+
+
+@pytest.mark.parametrize("name", ["role_id", "secret_id"])
+def test_secrets_are_checked_at_the_start(name: str):
+    """A secret that is missing is named before anything is sent."""
+    with pytest.raises(ConfigError, match="VAULT_X is empty"):
+        replace(_SETTINGS, **{name: SecretValue("VAULT_X", "")}).check_files()
