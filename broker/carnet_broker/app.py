@@ -28,6 +28,7 @@ from carnet_broker.core.readiness import Readiness, judge_readiness
 from carnet_broker.core.workload import IdentityCache, LeafRules, Workload
 from carnet_broker.edges.grpc.calls import AuthContext, AuthenticatedCalls
 from carnet_broker.edges.grpc.listeners import ListenerLimits, bind, new_server, server_credentials
+from carnet_broker.edges.grpc.refused_calls import refusal_record
 from carnet_broker.edges.grpc.tokens import TokenServicer
 from carnet_broker.edges.grpc.trust import TrustServicer
 from carnet_broker.edges.http.plain import plain_app
@@ -142,7 +143,12 @@ class Broker:
             handshake_timeout=config.limits.handshake_timeout, connection_age=config.limits.connection_age
         )
         credentials = server_credentials(lambda: self._tls.value.pems)
-        interceptor = AuthenticatedCalls(self._authenticate, self.telemetry, read_within=config.limits.read_within)
+        interceptor = AuthenticatedCalls(
+            self._authenticate,
+            self.telemetry,
+            read_within=config.limits.read_within,
+            record=self._record_refusal,
+        )
         health_servicer = health.aio.HealthServicer()
         tokens, trust = new_server(limits, [interceptor]), new_server(limits, [interceptor])
         token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(self._issuer, self._clock), tokens)
@@ -274,6 +280,10 @@ class Broker:
             bundle=self._tls.value.bundle,
             now=self._clock.now(),
         )
+
+    def _record_refusal(self, error: CarnetError, workload: Workload | None, peer: str) -> None:
+        """Put a call that reached no service on the audit record."""
+        self._audit.refusal(refusal_record(error, workload, peer, self._clock.now()))
 
     async def _sign_in_vault(self, signer: Signer, inputs: Sequence[bytes]) -> list[bytes]:
         """Sign with a key that is not in this process: a round trip each, so several at a time, and off the loop.

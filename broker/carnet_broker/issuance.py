@@ -27,7 +27,10 @@ from carnet_broker.core.workload import Workload
 from carnet_broker.ports import AuditSink, AuditUnavailableError, KeyStoreUnavailableError, Signer
 from carnet_broker.signing import KeyringHolder, NoSigningKeyError
 
-__all__ = ["Issued", "Issuer", "Refusal", "RefusalReason", "RefusedError", "TokenRequest"]
+__all__ = ["MAX_BATCH", "Issued", "Issuer", "Refusal", "RefusalReason", "RefusedError", "TokenRequest"]
+
+MAX_BATCH: Final = 64
+"""Requests in one call."""
 
 CHECK_EVERY: Final = 64
 """One in so many signatures of a key in memory is verified before its token leaves."""
@@ -146,17 +149,32 @@ class Issuer:
         """Answer each of `requests`, in their order.
 
         A batch costs as many calls as it has requests, and waits for the disk once. Raises `RefusedError` where the
-        whole call is refused: too many calls, no key to sign with, the audit record cannot be written, no signature.
+        whole call is refused: none or too many requests, too many calls, no key to sign with, the audit record cannot
+        be written, no signature. Each refusal, of a call or of one request, is on record once.
         """
+        try:
+            return await self._answers(workload, requests, now, mono)
+        except RefusedError as error:
+            self._record_refusal(error, workload, now)
+            raise
+
+    async def _answers(
+        self, workload: Workload, requests: Sequence[TokenRequest], now: datetime, mono: float
+    ) -> list[Issued | RefusedError]:
+        """Answer each of `requests`, or raise `RefusedError` for the whole call."""
+        if not 0 < len(requests) <= MAX_BATCH:
+            msg = f"requests: one to {MAX_BATCH} in a call"
+            raise _invalid(msg)
         retry_after = self._admission.admit(str(workload.spiffe_id), len(requests), mono)
         if retry_after is not None:
-            refusal = Refusal(RefusalReason.TOO_MANY_REQUESTS, "too many requests of this workload", retry_after)
-            raise self._refused(workload, "", (), refusal, now)
+            raise RefusedError(
+                Refusal(RefusalReason.TOO_MANY_REQUESTS, "too many requests of this workload", retry_after)
+            )
         try:
             key, signer = self._keys.signing_key(now, mono)
         except NoSigningKeyError as error:
             refusal = Refusal(RefusalReason.NO_SIGNING_KEY, "the broker has no signing key now", timedelta(seconds=5))
-            raise self._refused(workload, "", (), refusal, now) from error
+            raise RefusedError(refusal) from error
         policy = self._policy()
         answers = [self._draft(workload, request, policy, key, now) for request in requests]
         drafts = [answer for answer in answers if isinstance(answer, Draft)]
@@ -173,12 +191,14 @@ class Issuer:
             _check(request)
         except RefusedError as error:
             # What is not well formed is not recorded in the caller's words: the record says only that it came.
-            return self._refused(workload, "", (), error.refusal, now, policy)
+            self._record_refusal(error, workload, now, policy=policy.version)
+            return error
         decision = policy.decide(workload.spiffe_id, request.audience, request.scopes)
         if isinstance(decision, Denial):
             reason = RefusalReason(decision.reason)
-            refusal = Refusal(reason, _DENIALS[reason])
-            return self._refused(workload, request.audience, request.scopes, refusal, now, policy)
+            refused = RefusedError(Refusal(reason, _DENIALS[reason]))
+            self._record_refusal(refused, workload, now, request, policy.version)
+            return refused
         try:
             return draft_token(
                 workload=workload,
@@ -194,13 +214,12 @@ class Issuer:
             )
         except CertificateEndingError as error:
             message = "the certificate of the caller ends too soon for a token: renew it first"
-            refusal = Refusal(RefusalReason.CERTIFICATE_ENDING, message)
-            refused = self._refused(workload, request.audience, request.scopes, refusal, now, policy)
+            refused = RefusedError(Refusal(RefusalReason.CERTIFICATE_ENDING, message))
             refused.__cause__ = error
-            return refused
         except ValueError as error:
-            invalid = _invalid(f"ttl: {error}")
-            return self._refused(workload, request.audience, request.scopes, invalid.refusal, now, policy)
+            refused = _invalid(f"ttl: {error}")
+        self._record_refusal(refused, workload, now, request, policy.version)
+        return refused
 
     async def _record(self, workload: Workload, drafts: Sequence[Draft], policy: Policy) -> None:
         """Make the intents to issue durable, or refuse the call."""
@@ -244,28 +263,27 @@ class Issuer:
             issued.append(Issued(token, draft, expires_in, expires_in * self._rules.refresh_at))
         return issued
 
-    def _refused(
+    def _record_refusal(
         self,
+        error: RefusedError,
         workload: Workload,
-        audience: str,
-        scopes: Sequence[str],
-        refusal: Refusal,
         now: datetime,
-        policy: Policy | None = None,
-    ) -> RefusedError:
-        """Record a refusal, and return it as an error."""
+        request: TokenRequest | None = None,
+        policy: str = "",
+    ) -> None:
+        """Put a refusal on record: of `request`, where its words may be there, and by which version of the policy."""
         self._audit.refusal(
             RefusalRecord(
                 at=now,
-                reason=str(refusal.reason),
+                reason=str(error.refusal.reason),
                 subject=str(workload.spiffe_id),
-                audience=audience,
-                scopes=tuple(scopes),
+                audience=request.audience if request is not None else "",
+                scopes=request.scopes if request is not None else (),
                 certificate=workload.thumbprint,
-                policy=policy.version if policy is not None else "",
+                policy=policy,
+                detail=str(error.__cause__ or ""),
             )
         )
-        return RefusedError(refusal)
 
 
 def _invalid(message: str) -> RefusedError:

@@ -130,7 +130,9 @@ def _serve_sync(threads: int, audit: JsonLinesAudit, ca: CertificateAuthority, p
 
 async def _serve_aio(audit: JsonLinesAudit, ca: CertificateAuthority, pems: TlsPems) -> None:
     commit = GroupCommit(audit.issue, ThreadPoolExecutor(1), deadline=timedelta(seconds=5))
-    calls = AuthenticatedCalls(_Peers(ca), Telemetry(), read_within=timedelta(seconds=5))
+    calls = AuthenticatedCalls(
+        _Peers(ca), Telemetry(), read_within=timedelta(seconds=5), record=lambda error, workload, peer: None
+    )
     server = new_server(ListenerLimits(), [calls])
     servicer = tokens.TokenServicer(_issuer(commit, audit), SystemClock())
     token_pb2_grpc.add_TokenServiceServicer_to_server(servicer, server)

@@ -54,10 +54,20 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
     """Wraps every unary method; a method of another kind is not served."""
 
     def __init__(
-        self, authenticate: Callable[[AuthContext], Workload], events: CallEvents, *, read_within: timedelta
+        self,
+        authenticate: Callable[[AuthContext], Workload],
+        events: CallEvents,
+        *,
+        read_within: timedelta,
+        record: Callable[[CarnetError, Workload | None, str], None],
     ) -> None:
-        """Wire the parts. `authenticate` raises `UnauthenticatedError`."""
+        """Wire the parts. `authenticate` raises `UnauthenticatedError`.
+
+        `record` puts a call that is refused here on the audit record, with the peer's address. What a service refuses,
+        it records itself: it knows what was asked for.
+        """
         self._authenticate = authenticate
+        self._record = record
         self._events = events
         self._read_within = read_within.total_seconds()
 
@@ -76,10 +86,15 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
 
         async def answer(_: object, context: Context) -> Any:  # noqa: ANN401 - a message of any method
             started = perf_counter()
+            is_served = False
             try:
                 _CALLER.set(self._authenticate(cast("AuthContext", context.auth_context())))
-                response = await serve(await self._read(context), context)
+                request = await self._read(context)
+                is_served = True
+                response = await serve(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status and no detail
+                if isinstance(error, CarnetError) and not is_served:
+                    self._record(error, _CALLER.get(None), context.peer())
                 status = self._status(method, error)
             else:
                 self._events.answered(method, perf_counter() - started)
