@@ -131,6 +131,7 @@ class Broker:
         )
         self._key_set_admission = Admission(rate=limits.key_sets_per_second, burst=2 * limits.key_sets_per_second)
         self._stop = asyncio.Event()
+        self._look_now = asyncio.Event()
         self.addresses: dict[str, str] = {}
         """Where it listens, by listener, once `serve` has bound it."""
 
@@ -188,7 +189,7 @@ class Broker:
         watch_task = loop.create_task(self._watch_files(health_servicer))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._refresh(force=True))
+        loop.add_signal_handler(signal.SIGHUP, self._look_now.set)
         self.telemetry.log.info("serving", **self.addresses, issuer=config.issuer)
         if ready is not None:
             ready.set()
@@ -303,8 +304,12 @@ class Broker:
 
     async def _watch_files(self, health_servicer: health.aio.HealthServicer) -> None:
         while True:
-            await asyncio.sleep(_LOOK_AT_FILES_EVERY)
-            await asyncio.to_thread(self._refresh)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look_now.wait(), _LOOK_AT_FILES_EVERY)
+            force = self._look_now.is_set()
+            self._look_now.clear()
+            # Never on the loop: a large policy takes seconds to load.
+            await asyncio.to_thread(self._refresh, force=force)
             await self._report_health(health_servicer)
 
     def _refresh(self, *, force: bool = False) -> None:
