@@ -98,7 +98,7 @@ def judge(request: RotationRequest, keyring: Keyring, *, timing: Timing) -> Requ
     if standby is not None and standby.published_at is not None:
         not_before = standby.published_at + timing.replica_lag + timing.poller_window
         detail |= {"standby_kid": standby.kid, "not_before": not_before.isoformat()}
-    message = "accepted: the standby key becomes the signer when every verifier can have it"
+    message = "the standby key becomes the signer when every verifier can have it"
     return RequestResult(RequestStatus.ACCEPTED, "WAITING_FOR_VERIFIERS", message, detail)
 
 
