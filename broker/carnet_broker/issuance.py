@@ -126,11 +126,13 @@ class Issuer:
         sign: Callable[[Signer, Sequence[bytes]], Awaitable[list[bytes]]],
         check_every: int = CHECK_EVERY,
         revocation_version: Callable[[], int] = lambda: 0,
+        count_issued: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Wire the parts.
 
         `commit` makes records durable, or raises `AuditUnavailableError`. `sign` signs, or raises
         `KeyStoreUnavailableError`. Of the signatures one in `check_every` is verified before its token leaves.
+        `count_issued` hears how many tokens each call got.
         """
         self._rules = rules
         self._policy = policy
@@ -141,6 +143,7 @@ class Issuer:
         self._sign = sign
         self._check_every = check_every
         self._revocation_version = revocation_version
+        self._count_issued = count_issued
         self._signed = 0
 
     async def issue(
@@ -162,14 +165,15 @@ class Issuer:
         self, workload: Workload, requests: Sequence[TokenRequest], now: datetime, mono: float
     ) -> list[Issued | RefusedError]:
         """Answer each of `requests`, or raise `RefusedError` for the whole call."""
-        if not 0 < len(requests) <= MAX_BATCH:
-            msg = f"requests: one to {MAX_BATCH} in a call"
-            raise _invalid(msg)
+        # Before anything else: a call that is not well formed is a call too.
         retry_after = self._admission.admit(str(workload.spiffe_id), len(requests), mono)
         if retry_after is not None:
             raise RefusedError(
                 Refusal(RefusalReason.TOO_MANY_REQUESTS, "too many requests of this workload", retry_after)
             )
+        if not 0 < len(requests) <= MAX_BATCH:
+            msg = f"requests: one to {MAX_BATCH} in a call"
+            raise _invalid(msg)
         try:
             key, signer = self._keys.signing_key(now, mono)
         except NoSigningKeyError as error:
@@ -218,6 +222,10 @@ class Issuer:
             refused.__cause__ = error
         except ValueError as error:
             refused = _invalid(f"ttl: {error}")
+        except InvalidTokenError as error:
+            # A grant of many long scopes, all of them asked for: no verifier would take so large a token.
+            refused = _invalid("scopes: so many do not fit into one token; ask for fewer")
+            refused.__cause__ = error
         self._record_refusal(refused, workload, now, request, policy.version)
         return refused
 
@@ -261,6 +269,7 @@ class Issuer:
         for token, draft in zip(tokens, drafts, strict=True):
             expires_in = draft.claims.expires_at - now
             issued.append(Issued(token, draft, expires_in, expires_in * self._rules.refresh_at))
+        self._count_issued(len(issued))
         return issued
 
     def _record_refusal(
