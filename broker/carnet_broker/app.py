@@ -128,6 +128,7 @@ class Broker:
             commit=GroupCommit(self._audit.issue, self._audit_thread, deadline=_AUDIT_DEADLINE),
             sign=self._sign_in_vault if remote else _sign_here,
             check_every=1 if remote else CHECK_EVERY,
+            count_issued=self.telemetry.tokens.inc,
         )
         self._key_set_admission = Admission(rate=limits.key_sets_per_second, burst=2 * limits.key_sets_per_second)
         self._stop = asyncio.Event()
