@@ -11,11 +11,12 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+import grpc
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -136,8 +137,12 @@ class Broker:
         self.addresses: dict[str, str] = {}
         """Where it listens, by listener, once `serve` has bound it."""
 
-    async def serve(self, *, ready: asyncio.Event | None = None) -> None:
-        """Serve until SIGTERM or SIGINT, then drain. Raises `ConfigError` where it cannot start."""
+    async def serve(self, *, ready: asyncio.Event | None = None) -> bool:
+        """Serve until SIGTERM or SIGINT, then drain. Raises `ConfigError` where it cannot start.
+
+        Returns True when it was told to stop, False when a part of it ended by itself: then the rest is drained as
+        well, because half a broker looks alive and is not.
+        """
         loop = asyncio.get_running_loop()
         await self._first_round()
         config = self._config
@@ -145,14 +150,22 @@ class Broker:
             handshake_timeout=config.limits.handshake_timeout, connection_age=config.limits.connection_age
         )
         credentials = server_credentials(lambda: self._tls.value.pems)
-        interceptor = AuthenticatedCalls(
-            self._authenticate,
-            self.telemetry,
-            read_within=config.limits.read_within,
-            record=self._record_refusal,
+        tokens, trust = (
+            new_server(
+                limits,
+                [
+                    AuthenticatedCalls(
+                        self._authenticate,
+                        self.telemetry,
+                        read_within=config.limits.read_within,
+                        calls_in_flight=config.limits.calls_in_flight,
+                        record=self._record_refusal,
+                    )
+                ],
+            )
+            for _ in range(2)
         )
         health_servicer = health.aio.HealthServicer()
-        tokens, trust = new_server(limits, [interceptor]), new_server(limits, [interceptor])
         token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(self._issuer, self._clock), tokens)
         trust_servicer = TrustServicer(
             holder=self._holder,
@@ -187,14 +200,20 @@ class Broker:
         self._keyring_loop.start()
         await asyncio.gather(tokens.start(), trust.start())
         plain_task = loop.create_task(plain.serve(sockets=[plain_socket]))
-        watch_task = loop.create_task(self._watch_files(health_servicer))
+        watch_task = loop.create_task(self._watch_files(health_servicer), name="carnet-files")
+        parts = {
+            "tokens": loop.create_task(_termination(tokens)),
+            "trust": loop.create_task(_termination(trust)),
+            "plain": plain_task,
+            "files": watch_task,
+        }
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._look_now.set)
         self.telemetry.log.info("serving", **self.addresses, issuer=config.issuer)
         if ready is not None:
             ready.set()
-        await self._stop.wait()
+        told_to_stop = await self._until_stopped(parts)
         self.telemetry.log.info("draining")
         self._draining = True
         await self._report_health(health_servicer)
@@ -202,13 +221,13 @@ class Broker:
         await asyncio.gather(tokens.stop(drain), trust.stop(drain))
         plain.should_exit = True
         watch_task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(plain_task, watch_task)
+        await asyncio.gather(plain_task, watch_task, return_exceptions=True)
         await asyncio.to_thread(self._keyring_loop.stop)
         self._audit_thread.shutdown()
         self._vault_threads.shutdown(cancel_futures=True)
         self._audit.close()
         self.telemetry.log.info("stopped")
+        return told_to_stop
 
     def stop(self) -> None:
         """Begin to drain, as SIGTERM does. To be called on the loop that serves."""
@@ -237,6 +256,18 @@ class Broker:
             ],
             draining=self._draining,
         )
+
+    async def _until_stopped(self, parts: Mapping[str, asyncio.Task[None]]) -> bool:
+        """Return True when told to stop, False when one of `parts` has ended by itself, which is logged."""
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([stopped, *parts.values()], return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            return True
+        stopped.cancel()
+        for name, task in parts.items():
+            if task.done():
+                self.telemetry.log.error("part_ended", part=name, exc_info=_failure_of(task))
+        return False
 
     # -- parts of serving ------------------------------------------------------------------------------------------
 
@@ -331,6 +362,15 @@ class _PlainServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Capture none."""
         yield
+
+
+async def _termination(server: grpc.aio.Server) -> None:
+    """Return when `server` has ended, or raise what ended it."""
+    await server.wait_for_termination()
+
+
+def _failure_of(task: asyncio.Task[None]) -> BaseException | None:
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
 async def _sign_here(signer: Signer, inputs: Sequence[bytes]) -> list[bytes]:

@@ -142,6 +142,8 @@ class LimitsConfig(Section):
     """Tokens a second and workload, in the long run."""
     token_burst: Annotated[int, pydantic.Field(gt=0)] = 400
     key_sets_per_second: Annotated[int, pydantic.Field(gt=0)] = 50
+    calls_in_flight: Annotated[int, pydantic.Field(gt=0)] = 256
+    """Calls of one workload, on one listener, that are not over."""
     read_within: Duration = timedelta(seconds=5)
     """How long a caller may take to send its request."""
     handshake_timeout: Duration = timedelta(seconds=5)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from carnet_broker.cli.output import cli_errors, json_option, show
+from carnet_broker.cli.output import NO, cli_errors, json_option, show
 from carnet_broker.config import load_config
 
 __all__ = ["check_config", "serve"]
@@ -29,7 +29,8 @@ _config_option = click.option(
 def serve(config_file: Path) -> None:
     """Run the broker until SIGTERM or SIGINT. SIGHUP reloads the policy and the certificates.
 
-    Exit code: 0 it was told to stop, 2 it cannot start (one line says why).
+    Exit code: 0 it was told to stop, 1 a part of it ended by itself (the log says which), 2 it cannot start (one line
+    says why).
     """
     import uvloop
 
@@ -41,10 +42,11 @@ def serve(config_file: Path) -> None:
     config = load_config(config_file)
     configure_logging(level=config.log.level, json=config.log.format == "json")
 
-    async def run() -> None:
-        await Broker(config).serve()
+    async def run() -> bool:
+        return await Broker(config).serve()
 
-    uvloop.run(run())
+    if not uvloop.run(run()):
+        raise SystemExit(NO)
 
 
 @click.command("check-config")

@@ -6,11 +6,15 @@ wrapped, and the certificate judged on each call: an open connection outlives a 
 A unary method is served as a stream of requests of which one is read. On the wire the two are the same; but so the
 caller is authenticated before a byte of its request is read, and one that sends its request slowly, or never, is ended
 by us: gRPC's own unary handler would wait without end.
+
+Nothing ends a call whose answer its caller never takes, other than the age of its connection. So what a workload may
+have is a number of calls that are not over; with all of them stuck it stands in nobody's way but its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
@@ -18,10 +22,12 @@ from time import perf_counter
 from typing import Any, Final, Protocol, TypeAlias, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from carnet.errors import CarnetError
 from carnet_broker.core.workload import Workload
 from carnet_broker.edges.grpc.status import SlowRequestError, status_of_error
+from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
 
 __all__ = ["AuthContext", "AuthenticatedCalls", "CallEvents", "caller"]
 
@@ -30,6 +36,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # Quoted: only the st
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 _CALLER: Final[ContextVar[Workload]] = ContextVar("carnet_broker_caller")
+_CALL_AGAIN_AFTER: Final = timedelta(milliseconds=250)
 
 
 def caller() -> Workload:
@@ -59,9 +66,10 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
         events: CallEvents,
         *,
         read_within: timedelta,
+        calls_in_flight: int,
         record: Callable[[CarnetError, Workload | None, str], None],
     ) -> None:
-        """Wire the parts. `authenticate` raises `UnauthenticatedError`.
+        """Wire the parts. `authenticate` raises `UnauthenticatedError`; `calls_in_flight` is for each SPIFFE ID.
 
         `record` puts a call that is refused here on the audit record, with the peer's address. What a service refuses,
         it records itself: it knows what was asked for.
@@ -70,6 +78,8 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
         self._record = record
         self._events = events
         self._read_within = read_within.total_seconds()
+        self._calls_in_flight = calls_in_flight
+        self._in_flight: Counter[str] = Counter()
 
     async def intercept_service(
         self,
@@ -83,13 +93,16 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
         # The stubs know the form of the synchronous server only.
         serve = cast("Callable[[Any, Context], Awaitable[Any]]", handler.unary_unary)
         method = handler_call_details.method
+        parse = cast("Callable[[bytes], Any]", handler.request_deserializer)
 
         async def answer(_: object, context: Context) -> Any:  # noqa: ANN401 - a message of any method
             started = perf_counter()
             is_served = False
             try:
-                _CALLER.set(self._authenticate(cast("AuthContext", context.auth_context())))
-                request = await self._read(context)
+                workload = self._authenticate(cast("AuthContext", context.auth_context()))
+                _CALLER.set(workload)
+                self._begin(str(workload.spiffe_id), context)
+                request = await self._read(context, parse)
                 is_served = True
                 response = await serve(request, context)
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets a status and no detail
@@ -101,10 +114,23 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
                 return response
             return await context.abort(status.code, status.details, status.trailing_metadata)  # which raises
 
-        return grpc.stream_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
 
-    async def _read(self, context: Context) -> Any:  # noqa: ANN401 - as above
-        """Return the request, or raise `SlowRequestError`."""
+    def _begin(self, identity: str, context: Context) -> None:
+        """Count the call until it is over: its answer taken, or its connection gone. Raises `RefusedError`."""
+        if self._in_flight[identity] >= self._calls_in_flight:
+            message = f"the workload has {self._calls_in_flight} calls that are not over"
+            raise RefusedError(Refusal(RefusalReason.TOO_MANY_REQUESTS, message, _CALL_AGAIN_AFTER))
+        self._in_flight[identity] += 1
+        context.add_done_callback(lambda _: self._end(identity))  # type: ignore[arg-type] # the stubs want a class
+
+    def _end(self, identity: str) -> None:
+        self._in_flight[identity] -= 1
+        if not self._in_flight[identity]:
+            del self._in_flight[identity]
+
+    async def _read(self, context: Context, parse: Callable[[bytes], Any]) -> Any:  # noqa: ANN401 - as above
+        """Return the request. Raises `SlowRequestError`, or `RefusedError` where it is no message."""
         try:
             async with asyncio.timeout(self._read_within):
                 request = await context.read()
@@ -114,7 +140,11 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
         if request is grpc.aio.EOF:
             msg = "the call ended before its request"
             raise SlowRequestError(msg)
-        return request
+        try:
+            return parse(request)
+        except DecodeError as error:
+            refusal = Refusal(RefusalReason.INVALID_REQUEST, "the request is not a message of this method")
+            raise RefusedError(refusal) from error
 
     def _status(self, method: str, error: Exception) -> grpc.Status:
         """Report `error`, and return what the caller is told."""

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from carnet.errors import ConfigError
+from carnet_broker.edges.grpc.unknown_methods import guarded_against_unknown_methods
 
 __all__ = ["ListenerLimits", "TlsPems", "bind", "new_server", "server_credentials"]
 
@@ -26,7 +27,11 @@ class ListenerLimits:
     max_message_bytes: int = 64 * 1024
     max_metadata_bytes: int = 16 * 1024
     max_streams_per_connection: int = 128
-    max_concurrent_calls: int = 1024
+    max_concurrent_calls: int = 4096
+    """Of all callers. One that is stuck costs about 26 KB."""
+    max_waiting_calls: int = 16_384
+    """Calls that this process has not looked at yet; gRPC cancels those beyond half of it, more and more of them."""
+    max_connections: int = 10_000
     handshake_timeout: timedelta = timedelta(seconds=5)
     connection_age: timedelta = timedelta(minutes=30)
     connection_age_grace: timedelta = timedelta(seconds=30)
@@ -59,11 +64,12 @@ def server_credentials(pems: Callable[[], TlsPems]) -> grpc.ServerCredentials:
 
 def new_server(limits: ListenerLimits, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
     """Return a server; to be called inside the loop that will run it."""
-    return grpc.aio.server(
-        interceptors=list(interceptors),
-        options=_options(limits),
-        maximum_concurrent_rpcs=limits.max_concurrent_calls,
-    )
+    with guarded_against_unknown_methods():
+        return grpc.aio.server(
+            interceptors=list(interceptors),
+            options=_options(limits),
+            maximum_concurrent_rpcs=limits.max_concurrent_calls,
+        )
 
 
 def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials, *, setting: str) -> int:
@@ -89,7 +95,12 @@ def _options(limits: ListenerLimits) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_metadata_size", limits.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.http2.lookahead_bytes", limits.max_message_bytes),
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.max_concurrent_streams", limits.max_streams_per_connection),
+        ("grpc.server.max_pending_requests", limits.max_waiting_calls // 2),
+        ("grpc.server.max_pending_requests_hard_limit", limits.max_waiting_calls),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.server_handshake_timeout_ms", milliseconds(limits.handshake_timeout)),
         ("grpc.max_connection_age_ms", milliseconds(limits.connection_age)),
         ("grpc.max_connection_age_grace_ms", milliseconds(limits.connection_age_grace)),
