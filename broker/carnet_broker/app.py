@@ -48,6 +48,7 @@ from carnet_broker.group_commit import GroupCommit
 from carnet_broker.issuance import CHECK_EVERY, Issuer
 from carnet_broker.keyring_loop import KeyringLoop
 from carnet_broker.loading import load_policy_file, load_tls, load_vault_settings
+from carnet_broker.log_lines import LineLimit
 from carnet_broker.ports import KeyStore, KeyStoreUnavailableError, Signer
 from carnet_broker.rotation import RotationDriver
 from carnet_broker.signing import KeyringHolder
@@ -75,11 +76,16 @@ class SystemClock:
 class Broker:
     """One broker process."""
 
-    def __init__(self, config: BrokerConfig, *, clock: SystemClock | None = None) -> None:
-        """Load every file and wire every part. Raises `ConfigError`; nothing is bound or sent yet."""
+    def __init__(
+        self, config: BrokerConfig, *, clock: SystemClock | None = None, lines: LineLimit | None = None
+    ) -> None:
+        """Load every file and wire every part. Raises `ConfigError`; nothing is bound or sent yet.
+
+        `lines`: the limit that the log of this process has; None is the default limit.
+        """
         self._config = config
         self._clock = clock or SystemClock()
-        self.telemetry = Telemetry()
+        self.telemetry = Telemetry(lines)
         self._draining = False
         limits = config.limits
         files = config.tls
@@ -342,6 +348,7 @@ class Broker:
             self._look_now.clear()
             # Never on the loop: a large policy takes seconds to load.
             await asyncio.to_thread(self._refresh, force=force)
+            self.telemetry.tell_left_out()
             await self._report_health(health_servicer)
 
     def _refresh(self, *, force: bool = False) -> None:

@@ -157,6 +157,8 @@ class LogConfig(Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
+    lines_per_second: Annotated[int, pydantic.Field(gt=0)] = 10
+    """Lines about refused calls of one workload, about those of all that are not authenticated, and of a library."""
 
 
 class BrokerConfig(Section):

@@ -16,6 +16,7 @@ from carnet.errors import CarnetError
 from carnet_broker.core.keyring import Keyring, Step
 from carnet_broker.core.workload import UnauthenticatedError, Workload
 from carnet_broker.issuance import RefusedError
+from carnet_broker.log_lines import LibraryLines, LineLimit
 from carnet_broker.ports import KeyLostError
 
 __all__ = ["Telemetry", "configure_logging"]
@@ -24,8 +25,8 @@ _CAUSES_LOGGED: Final = 20
 _LATENCY_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 
 
-def configure_logging(*, level: str, json: bool) -> None:
-    """Set up structlog for the process, and send what libraries log the same way."""
+def configure_logging(*, level: str, json: bool, lines: LineLimit) -> None:
+    """Set up structlog for the process, and send what libraries log the same way, as far as `lines` lets them."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -43,9 +44,14 @@ def configure_logging(*, level: str, json: bool) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                renderer,
+            ],
         )
     )
+    handler.addFilter(LibraryLines(lines))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(number, logging.WARNING))
@@ -54,8 +60,10 @@ def configure_logging(*, level: str, json: bool) -> None:
 class Telemetry:
     """Everything that is counted and logged, by the names of what happened. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: LineLimit | None = None) -> None:
+        """`lines` says how many lines about refused calls go into the log; None is the default limit."""
         self.registry = CollectorRegistry()
+        self._lines = lines or LineLimit()
         self._vault_failures: set[str] = set()
         self.log = structlog.get_logger("carnet_broker")
         registry = self.registry
@@ -84,6 +92,9 @@ class Telemetry:
             ["what"],
             registry=registry,
         )
+        self.lines_left_out = Counter(
+            "carnet_log_lines_left_out_total", "Lines that did not go into the log, being too many.", registry=registry
+        )
 
     # -- calls (edges.grpc.calls.CallEvents) -----------------------------------------------------------------------
 
@@ -93,22 +104,35 @@ class Telemetry:
         self.seconds.labels(method).observe(seconds)
 
     def refused(self, method: str, error: CarnetError, workload: Workload | None) -> None:
-        """Count and log a call that was answered with an error that was meant."""
+        """Count and log a call that was answered with an error that was meant.
+
+        Those that are not authenticated share one part of the log.
+        """
         subject = str(workload.spiffe_id) if workload is not None else None
         if isinstance(error, UnauthenticatedError):
             self.unauthenticated.labels(str(error.reason)).inc()
             self.calls.labels(method, "UNAUTHENTICATED").inc()
-            self.log.warning("unauthenticated", method=method, reason=str(error.reason), cause=error.detail)
+            if self._lines.admits(""):
+                self.log.warning("unauthenticated", method=method, reason=str(error.reason), cause=error.detail)
             return
         reason = str(error.refusal.reason) if isinstance(error, RefusedError) else error.code
         self.calls.labels(method, reason).inc()
-        cause = str(error.__cause__) if error.__cause__ is not None else str(error)
-        self.log.warning("refused", method=method, reason=reason, subject=subject, cause=cause)
+        if self._lines.admits(subject or ""):
+            cause = str(error.__cause__) if error.__cause__ is not None else str(error)
+            self.log.warning("refused", method=method, reason=reason, subject=subject, cause=cause)
 
     def failed(self, method: str, error: Exception) -> None:
         """Count and log a call that ended in an error that nobody meant."""
         self.calls.labels(method, "INTERNAL").inc()
-        self.log.error("internal_error", method=method, exc_info=error)
+        if self._lines.admits(method):
+            self.log.error("internal_error", method=method, exc_info=error)
+
+    def tell_left_out(self) -> None:
+        """Say how many lines were left out since the last time, if any. To be called every second or so."""
+        left_out = self._lines.take_left_out()
+        if left_out:
+            self.lines_left_out.inc(left_out)
+            self.log.warning("lines_left_out", count=left_out)
 
     # -- keyring (rotation.RotationEvents) -------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -32,18 +33,23 @@ def serve(config_file: Path) -> None:
     Exit code: 0 it was told to stop, 1 a part of it ended by itself (the log says which), 2 it cannot start (one line
     says why).
     """
+    # gRPC's C++ part writes a line for each failed handshake, past all formats and limits of ours. Read at its import.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
     import uvloop
 
     from carnet_broker.app import Broker
+    from carnet_broker.log_lines import LineLimit
     from carnet_broker.telemetry import configure_logging
 
     # Private keys are in this process's memory: a core file would put them on a disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     config = load_config(config_file)
-    configure_logging(level=config.log.level, json=config.log.format == "json")
+    lines = LineLimit(config.log.lines_per_second)
+    configure_logging(level=config.log.level, json=config.log.format == "json", lines=lines)
 
     async def run() -> bool:
-        return await Broker(config).serve()
+        return await Broker(config, lines=lines).serve()
 
     if not uvloop.run(run()):
         raise SystemExit(NO)
