@@ -7,9 +7,10 @@ files that hold them.
 from __future__ import annotations
 
 import ipaddress
+import re
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import pydantic
 
@@ -23,7 +24,7 @@ __all__ = ["BrokerConfig", "load_config"]
 
 
 def _duration_or_zero(value: object) -> timedelta:
-    if value in (0, "0"):
+    if value == "0" or (type(value) is int and value == 0):  # type(): False is an int to isinstance.
         return timedelta(0)
     if not isinstance(value, str):
         msg = "this must be a duration or 0; write for instance 90s, 10m or 0"
@@ -31,16 +32,30 @@ def _duration_or_zero(value: object) -> timedelta:
     return parse_duration(value)
 
 
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}")
+_PORT: Final = re.compile(r"[0-9]{1,5}")
+
 DurationOrZero = Annotated[timedelta, pydantic.PlainValidator(_duration_or_zero)]
 
 
 def _address(value: object) -> str:
     if isinstance(value, str):
-        host, colon, port = value.rpartition(":")
-        if colon and host and port.isascii() and port.isdigit() and int(port) <= 65_535:  # noqa: PLR2004
+        host, _, port = value.rpartition(":")
+        if _is_host(host) and _PORT.fullmatch(port) and int(port) <= 65_535:  # noqa: PLR2004
             return value
     msg = f"{value!r:.80} is no address; write host:port, for instance 0.0.0.0:8443 or [::1]:8443 (port 0: any free)"
     raise ValueError(msg)
+
+
+def _is_host(host: str) -> bool:
+    """Say whether `host` is a name, an IPv4 address, or an IPv6 address in brackets (RFC 3986 section 3.2.2)."""
+    if not (host.startswith("[") and host.endswith("]")):
+        return _HOST.fullmatch(host) is not None
+    try:
+        ipaddress.IPv6Address(host[1:-1])
+    except ValueError:
+        return False
+    return True
 
 
 Address = Annotated[str, pydantic.PlainValidator(_address)]
@@ -96,7 +111,8 @@ class VaultConfig(Section):
     @pydantic.field_validator("address")
     @classmethod
     def _is_url(cls, value: str) -> str:
-        if not value.startswith(("https://", "http://127.0.0.1", "http://localhost", "http://[::1]")):
+        # The whole host, not how it begins: 127.0.0.1.example is not this machine.
+        if re.fullmatch(r"https://.+|http://(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?/?", value) is None:
             msg = f"{value!r:.80} is not an https URL; plain http is for loopback only"
             raise ValueError(msg)
         return value

@@ -60,15 +60,24 @@ def load_policy_file(config: BrokerConfig) -> Policy:
     if policy.issuer != config.issuer:
         msg = f"{file}: the policy is for issuer {policy.issuer}, this broker is {config.issuer}; use that one's policy"
         raise ConfigError(msg)
-    for audience in policy.audiences.values():
-        if audience.max_ttl > config.tokens.longest_life:
-            msg = (
-                f"{file}:{audience.line}: audiences.{audience.name}: max_ttl {format_duration(audience.max_ttl)} is"
-                f" longer than tokens.longest_life {format_duration(config.tokens.longest_life)} of this broker;"
-                " lower the one or raise the other"
-            )
-            raise ConfigError(msg)
+    _check_lives(policy, config)
     return policy
+
+
+def _check_lives(policy: Policy, config: BrokerConfig) -> None:
+    """Refuse limits that this broker would not keep, or by which nobody would get a token. Raises `ConfigError`."""
+    longest, shortest = config.tokens.longest_life, config.tokens.shortest_life
+    limits = [(f"{a.line}: audiences.{a.name}", a.max_ttl) for a in policy.audiences.values()]
+    limits += [(f"{grant.line}: grants[{grant.position}]", grant.max_ttl) for grant in policy.grants]
+    for where, limit in limits:
+        if limit > longest:
+            bound = f"longer than tokens.longest_life {format_duration(longest)} of this broker; lower the one or raise"
+        elif limit < shortest:
+            bound = f"shorter than tokens.shortest_life {format_duration(shortest)} here; raise the one or lower"
+        else:
+            continue
+        msg = f"{config.policy_file}:{where}: max_ttl {format_duration(limit)} is {bound} the other"
+        raise ConfigError(msg)
 
 
 def load_vault_settings(config: BrokerConfig) -> VaultSettings:
