@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any, Final
 
 import structlog
@@ -43,7 +44,7 @@ def configure_logging(*, level: str, json: bool, lines: LineLimit) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=shared if json else [*shared, _on_one_line],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
@@ -55,6 +56,14 @@ def configure_logging(*, level: str, json: bool, lines: LineLimit) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(number, logging.WARNING))
+
+
+def _on_one_line(logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Keep what a library says from beginning another line, or steering a terminal. JSON escapes it anyway."""
+    del logger, method
+    text = str(event["event"])
+    event["event"] = text if text.isprintable() else repr(text)
+    return event
 
 
 class Telemetry:
