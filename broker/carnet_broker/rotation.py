@@ -245,10 +245,10 @@ class RotationDriver:
         """Return what `keyring` becomes by `step`, having done what must come before the write."""
         match step:
             case PublishKey(kid):
-                self._prove(_required(keyring, kid))
+                self._prove(keyring.require(kid))
                 return keyring.with_published(kid, clock.now())
             case ActivateKey(kid):
-                self._prove(_required(keyring, kid))
+                self._prove(keyring.require(kid))
                 # Breakglass first: CI's requests are answered by their time as well, and can be many.
                 answers = [
                     request.request_id
@@ -262,7 +262,7 @@ class RotationDriver:
             case RevokeKey(kid):
                 return keyring.with_revoked(kid, clock.now(), self._timing)
             case DestroyKey(kid):
-                self._store.destroy(_stored(_required(keyring, kid)), live=[_stored(key) for key in keyring.live])
+                self._store.destroy(_stored(keyring.require(kid)), live=[_stored(key) for key in keyring.live])
                 return keyring.with_destroyed(kid, clock.now())
             case CreateKey():  # pragma: no cover - made by _take, which must keep the new key at hand
                 raise AssertionError(step)
@@ -282,11 +282,3 @@ class RotationDriver:
 
 def _stored(record: KeyRecord) -> StoredKey:
     return StoredKey(jwk=record.jwk, version=record.version)
-
-
-def _required(keyring: Keyring, kid: str) -> KeyRecord:
-    record = keyring.get(kid)
-    if record is None:
-        msg = f"key {kid} is not in the keyring"
-        raise ValueError(msg)
-    return record

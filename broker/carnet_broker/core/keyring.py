@@ -182,6 +182,14 @@ class Keyring:
         """Return the key of that name."""
         return next((key for key in self.keys if key.kid == kid), None)
 
+    def require(self, kid: str) -> KeyRecord:
+        """Return the key of that name. Raises `ValueError` where there is none."""
+        key = self.get(kid)
+        if key is None:
+            msg = f"key {kid} is not in the keyring"
+            raise ValueError(msg)
+        return key
+
     def in_state(self, state: KeyState) -> tuple[KeyRecord, ...]:
         """Return the keys in `state`, oldest first."""
         return tuple(key for key in self.keys if key.state is state)
@@ -247,7 +255,7 @@ class Keyring:
 
     def with_revoked(self, kid: str, now: datetime, timing: Timing) -> Keyring:
         """Stop trusting a key at once. Where it was the signer, the standby takes over in the same step."""
-        was_active = self._require(kid).state is KeyState.ACTIVE
+        was_active = self.require(kid).state is KeyState.ACTIVE
         changed = self._moved(kid, KeyState.REVOKED, ended_at=now)
         standby = changed.standby
         if was_active and standby is not None:
@@ -257,19 +265,12 @@ class Keyring:
 
     def with_destroyed(self, kid: str, now: datetime) -> Keyring:
         """Note that the private key is gone: a REMOVED key is forgotten, a REVOKED one leaves its tombstone."""
-        if self._require(kid).state is KeyState.REVOKED:
+        if self.require(kid).state is KeyState.REVOKED:
             return self._next(tuple(replace(k, destroyed_at=now) if k.kid == kid else k for k in self.keys))
         return self._next(tuple(key for key in self.keys if key.kid != kid))
 
-    def _require(self, kid: str) -> KeyRecord:
-        key = self.get(kid)
-        if key is None:
-            msg = f"key {kid} is not in the keyring"
-            raise ValueError(msg)
-        return key
-
     def _moved(self, kid: str, state: KeyState, **changes: Any) -> Keyring:  # noqa: ANN401 - as above
-        moved = self._require(kid).moved(state, **changes)
+        moved = self.require(kid).moved(state, **changes)
         return self._next(tuple(moved if key.kid == kid else key for key in self.keys))
 
     def _next(self, keys: tuple[KeyRecord, ...]) -> Keyring:
