@@ -156,23 +156,19 @@ class Broker:
             handshake_timeout=config.limits.handshake_timeout, connection_age=config.limits.connection_age
         )
         credentials = server_credentials(lambda: self._tls.value.pems)
-        tokens, trust = (
-            new_server(
-                limits,
-                [
-                    AuthenticatedCalls(
-                        self._authenticate,
-                        self.telemetry,
-                        read_within=config.limits.read_within,
-                        calls_in_flight=config.limits.calls_in_flight,
-                        record=self._record_refusal,
-                    )
-                ],
-            )
-            for _ in range(2)
+        tokens, trust = new_server(limits), new_server(limits)
+        on_tokens, on_trust = (
+            AuthenticatedCalls(
+                self._authenticate,
+                self.telemetry,
+                read_within=config.limits.read_within,
+                calls_in_flight=config.limits.calls_in_flight,
+                record=self._record_refusal,
+            ).on(server)
+            for server in (tokens, trust)
         )
         health_servicer = health.aio.HealthServicer()
-        token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(self._issuer, self._clock), tokens)
+        token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(self._issuer, self._clock), on_tokens)
         trust_servicer = TrustServicer(
             holder=self._holder,
             admission=self._key_set_admission,
@@ -180,9 +176,10 @@ class Broker:
             max_age=config.keys.max_age,
             read_again=self._keyring_loop.read_again,
         )
-        trust_pb2_grpc.add_TrustServiceServicer_to_server(trust_servicer, trust)
+        trust_pb2_grpc.add_TrustServiceServicer_to_server(trust_servicer, on_trust)
+        for registration in (on_tokens, on_trust):
+            health_pb2_grpc.add_HealthServicer_to_server(health_servicer, registration)
         for name, server, address in (("tokens", tokens, config.listen.tokens), ("trust", trust, config.listen.trust)):
-            health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
             port = bind(server, address, credentials, setting=f"listen.{name}")
             self.addresses[name] = f"{address.rpartition(':')[0]}:{port}"
         plain_socket = _listen(config.listen.plain)

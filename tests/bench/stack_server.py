@@ -131,11 +131,15 @@ def _serve_sync(threads: int, audit: JsonLinesAudit, ca: CertificateAuthority, p
 async def _serve_aio(audit: JsonLinesAudit, ca: CertificateAuthority, pems: TlsPems) -> None:
     commit = GroupCommit(audit.issue, ThreadPoolExecutor(1), deadline=timedelta(seconds=5))
     calls = AuthenticatedCalls(
-        _Peers(ca), Telemetry(), read_within=timedelta(seconds=5), record=lambda error, workload, peer: None
+        _Peers(ca),
+        Telemetry(),
+        read_within=timedelta(seconds=5),
+        calls_in_flight=256,
+        record=lambda error, workload, peer: None,
     )
-    server = new_server(ListenerLimits(), [calls])
+    server = new_server(ListenerLimits())
     servicer = tokens.TokenServicer(_issuer(commit, audit), SystemClock())
-    token_pb2_grpc.add_TokenServiceServicer_to_server(servicer, server)
+    token_pb2_grpc.add_TokenServiceServicer_to_server(servicer, calls.on(server))
     port = bind(server, "127.0.0.1:0", server_credentials(lambda: pems), setting="bench")
     await server.start()
     print(port, flush=True)

@@ -1,7 +1,8 @@
 """What happens around every call: authenticate the peer, read its request, answer errors with a status.
 
-No method is served without it, health included. gRPC's interceptors see metadata and not the peer, so the handler is
-wrapped, and the certificate judged on each call: an open connection outlives a certificate, a CA and a revocation.
+No method is served without it, health included: services are added through `AuthenticatedCalls.on`, which wraps each
+handler. (gRPC's interceptors see metadata and not the peer, and cost more than wrapping once.) The certificate is judged
+on each call: an open connection outlives a certificate, a CA and a revocation.
 
 A unary method is served as a stream of requests of which one is read. On the wire the two are the same; but so the
 caller is authenticated before a byte of its request is read, and one that sends its request slowly, or never, is ended
@@ -57,7 +58,7 @@ class CallEvents(Protocol):
         """Tell that a call ended in an error that nobody meant."""
 
 
-class AuthenticatedCalls(grpc.aio.ServerInterceptor):
+class AuthenticatedCalls:
     """Wraps every unary method; a method of another kind is not served."""
 
     def __init__(
@@ -81,18 +82,14 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
         self._calls_in_flight = calls_in_flight
         self._in_flight: Counter[str] = Counter()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """Return the handler, wrapped; None, which is UNIMPLEMENTED, for an unknown method."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
-            return None
+    def on(self, server: grpc.aio.Server) -> grpc.aio.Server:
+        """Return what the generated ``add_..._to_server`` take for a server: it wraps, and adds to `server`."""
+        return cast("grpc.aio.Server", _Registration(self, server))
+
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """Return the handler of a unary method, wrapped."""
         # The stubs know the form of the synchronous server only.
         serve = cast("Callable[[Any, Context], Awaitable[Any]]", handler.unary_unary)
-        method = handler_call_details.method
         parse = cast("Callable[[bytes], Any]", handler.request_deserializer)
 
         async def answer(_: object, context: Context) -> Any:  # noqa: ANN401 - a message of any method
@@ -153,3 +150,23 @@ class AuthenticatedCalls(grpc.aio.ServerInterceptor):
         else:
             self._events.failed(method, error)
         return status_of_error(error)
+
+
+class _Registration:
+    """Takes services in the place of a server."""
+
+    def __init__(self, calls: AuthenticatedCalls, server: grpc.aio.Server) -> None:
+        self._calls = calls
+        self._server = server
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        """Add the unary methods of a service, each by its name."""
+        wrapped = {
+            name: self._calls.wrap(f"/{service}/{name}", handler)
+            for name, handler in handlers.items()
+            if handler.unary_unary is not None
+        }
+        self._server.add_registered_method_handlers(service, wrapped)
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[object]) -> None:
+        """Add nothing: generated code offers the same methods a second time, for versions that cannot register."""

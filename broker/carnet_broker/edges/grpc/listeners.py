@@ -7,7 +7,7 @@ ended since, finds no cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -62,11 +62,10 @@ def server_credentials(pems: Callable[[], TlsPems]) -> grpc.ServerCredentials:
     return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=True)
 
 
-def new_server(limits: ListenerLimits, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
+def new_server(limits: ListenerLimits) -> grpc.aio.Server:
     """Return a server; to be called inside the loop that will run it."""
     with guarded_against_unknown_methods():
         return grpc.aio.server(
-            interceptors=list(interceptors),
             options=_options(limits),
             maximum_concurrent_rpcs=limits.max_concurrent_calls,
         )
