@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from carnet_broker.core.requests import RequestKind, RequestStatus
 from carnet_broker.edges.vault import RotationClient
 from support.commands import Ended, one_line, run_command, vault_environment
+from support.forking import Forking, forking
 from support.running_broker import POLICY, QUICK, RunningBroker, start_broker
 from support.vault import VaultPlace, prepare
 from support.vault_proxy import proxy_before
@@ -45,11 +46,19 @@ def _unhurried(openbao, tmp_path_factory) -> Iterator[RunningBroker]:
     place.close()
 
 
-def keys(place: VaultPlace, *arguments: str, role: str = "ci", **changes: str | None) -> Ended:
+@pytest.fixture(scope="module", name="forked")
+def _forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
+    with forking(tmp_path_factory.mktemp("forked")) as forked:
+        yield forked
+
+
+def keys(
+    place: VaultPlace, *arguments: str, role: str = "ci", run: Callable[..., Ended] = run_command, **changes: str | None
+) -> Ended:
     """Run ``carnet-broker keys``; no output ever holds a secret. A variable that is changed to None is not set."""
     environment = {**vault_environment(place, role), **changes}
     given = {name: value for name, value in environment.items() if value is not None}
-    ended = run_command("carnet_broker", "keys", *arguments, environment=given)
+    ended = run("carnet_broker", "keys", *arguments, environment=given)
     secrets = [place.bootstrapped.credentials[name].secret_id_file.read_text().strip() for name in ("ci", "breakglass")]
     assert [] == [secret for secret in [*secrets, "canary"] if secret in ended.out + ended.err]
     assert "Traceback" not in ended.err
@@ -274,10 +283,10 @@ WRONG: dict[str, tuple[dict[str, str | None], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_variable_that_is_missing_or_wrong_ends_with_2(unhurried, wrong):
+def test_a_variable_that_is_missing_or_wrong_ends_with_2(forked, unhurried, wrong):
     """One line that names the variable and says what to do."""
     changes, expected = WRONG[wrong]
-    line = one_line(keys(unhurried.place, "rotate", **changes))
+    line = one_line(keys(unhurried.place, "rotate", run=forked.run, **changes))
     assert line.startswith(expected)
     assert ": " in line
 
@@ -285,11 +294,11 @@ def test_a_variable_that_is_missing_or_wrong_ends_with_2(unhurried, wrong):
 @pytest.mark.parametrize(
     "content", [b"", b"\x00\xff rubbish", b"-----BEGIN CERTIFICATE-----\nQUJD\n-----END CERTIFICATE-----\n"]
 )
-def test_a_ca_file_that_is_none_ends_with_2(unhurried, tmp_path, content):
+def test_a_ca_file_that_is_none_ends_with_2(forked, unhurried, tmp_path, content):
     """It is looked at before anything is sent."""
     file = tmp_path / "ca.pem"
     file.write_bytes(content)
-    line = one_line(keys(unhurried.place, "status", VAULT_CACERT=str(file)))
+    line = one_line(keys(unhurried.place, "status", run=forked.run, VAULT_CACERT=str(file)))
     assert line.startswith(f"VAULT_CACERT: {file} holds no certificate that can be read: give the PEM file")
 
 
@@ -316,6 +325,6 @@ def test_the_ca_of_another_ends_with_2(own_vault_place, unhurried):
         (("rotate", "--kv-mount", "a b"), "--kv-mount: the kv_mount of Vault 'a b' is not"),
     ],
 )
-def test_an_option_that_is_wrong_ends_with_2(unhurried, arguments, expected):
+def test_an_option_that_is_wrong_ends_with_2(forked, unhurried, arguments, expected):
     """One line here as well."""
-    assert one_line(keys(unhurried.place, *arguments)).startswith(expected)
+    assert one_line(keys(unhurried.place, *arguments, run=forked.run)).startswith(expected)

@@ -6,12 +6,10 @@ All of it in processes of their own, on one environment of a real OpenBao, for e
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,7 +23,9 @@ from carnet.testing import CertificateAuthority
 from carnet.verify import Expectations, parse_unverified, verify_token
 from carnet_broker.core.requests import RequestKind, RequestStatus
 from carnet_broker.edges.vault import RotationClient
+from support.commands import Ended, vault_environment
 from support.counts import count
+from support.forking import Forking, forking
 from support.load import Load
 from support.lying_vault import Received
 from support.measurements import record
@@ -36,11 +36,12 @@ from support.vault_proxy import VaultProxy, proxy_before
 ROUNDS = count("simultaneous_rotations", quick=10, full=50)
 KILLS = count("kills_during_rotations", quick=5, full=50)
 
+SKEW = 0.4
 # The time in which a request joins a rotation is short, so that rounds may follow each other; that for which a rotation
 # waits for verifiers is long enough for both jobs to begin.
 SETTINGS: dict[str, dict[str, Any]] = {
     **QUICK,
-    "keys": QUICK["keys"] | {"replica_lag": "300ms", "skew": "200ms", "max_age": "1s", "island": "1s"},
+    "keys": QUICK["keys"] | {"replica_lag": "300ms", "skew": "400ms", "max_age": "1s", "island": "1s"},
     "limits": {"tokens_per_second": 1000, "token_burst": 1000},
 }
 SHORT_LIVED = POLICY.replace("10m", "2s")
@@ -103,24 +104,10 @@ class Scene:
             for entry in found["data"]["keys"].values()
         }
 
-    def rotate(self) -> subprocess.Popen[bytes]:
-        """Start what CI runs."""
-        credentials = self.place.bootstrapped.credentials["ci"]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("VAULT_", "CARNET_"))}
-        return subprocess.Popen(
-            [sys.executable, "-m", "carnet_broker", "keys", "rotate", "--wait", "--json", "--timeout", "20s"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environ
-            | {
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                "VAULT_ADDR": self.place.server.address,
-                "VAULT_ROLE_ID": credentials.role_id_file.read_text().strip(),
-                "VAULT_SECRET_ID_FILE": str(credentials.secret_id_file),
-                "CARNET_ENVIRONMENT": self.place.environment,
-            },
-        )
+    def rotate(self, forked: Forking) -> Ended:
+        """Run what CI runs, to its end."""
+        command = ("carnet_broker", "keys", "rotate", "--wait", "--json", "--timeout", "20s")
+        return forked.run(*command, environment=vault_environment(self.place, "ci"))
 
     def steps(self) -> list[tuple[int, str, str | None]]:
         """Return every step that any broker took: generation, name, key; in the order of generations."""
@@ -130,6 +117,12 @@ class Scene:
             for entry in broker.log()
             if entry["event"] == "keyring_step"
         )
+
+
+def activated_at(content: dict[str, Any]) -> datetime:
+    """Return since when the ACTIVE key signs."""
+    (found,) = [key["activated_at"] for key in content["keys"] if key["state"] == "ACTIVE"]
+    return datetime.fromisoformat(found)
 
 
 def in_state(content: dict[str, Any], *states: str) -> list[str]:
@@ -170,21 +163,32 @@ def _scene(request, openbao, tmp_path_factory) -> Iterator[Scene]:
         yield scene
 
 
+@pytest.fixture(name="two_machines", scope="module")
+def _two_machines(tmp_path_factory) -> Iterator[tuple[ThreadPoolExecutor, list[Forking]]]:
+    """Two places to run a job, where a command starts within milliseconds; and how to start both at once."""
+    with ExitStack() as stack:
+        machines = [stack.enter_context(forking(tmp_path_factory.mktemp("machine"))) for _ in range(2)]
+        yield stack.enter_context(ThreadPoolExecutor(2)), machines
+
+
 @pytest.mark.timeout(60 + 10 * ROUNDS)
-def test_k01_two_jobs_at_the_same_moment_cause_one_rotation(scene):
+def test_k01_two_jobs_at_the_same_moment_cause_one_rotation(scene, two_machines):
     """Each round: two `keys rotate --wait` at once, two brokers that both want to act; one rotation, and both are told
     so. No generation is written twice, and what the loser of a race had made is never heard of again.
     """
     lost: set[str] = set()
     started = time.monotonic()
+    pool, machines = two_machines
     for _ in range(ROUNDS):
         before, known = scene.settled(), len(scene.steps())
-        jobs = [scene.rotate() for _ in range(2)]
+        # A request that is made sooner after a rotation than the skew joins that one.
+        time.sleep(max(0.0, (activated_at(before) - datetime.now(UTC)).total_seconds() + SKEW + 0.1))
+        jobs = [pool.submit(scene.rotate, forked) for forked in machines]
         for broker, other in (scene.brokers, scene.brokers[::-1]):
             is_good(broker, other)
-        told = [(job.communicate(timeout=40), job.returncode) for job in jobs]
-        assert [0, 0] == [code for _, code in told], told
-        answers = [json.loads(out) for (out, _), _ in told]
+        ended = [job.result() for job in jobs]
+        assert [0, 0] == [job.code for job in ended], ended
+        answers = [json.loads(job.out) for job in ended]
         assert ["done", "done"] == [answer["status"] for answer in answers]
         after = scene.settled()
         steps = [step for _, step, _ in scene.steps()[known:]]
@@ -259,7 +263,7 @@ def test_k02_replicas_killed_at_random_moments_cost_no_caller_anything(scene):
     staying, victim = scene.brokers
     with ExitStack() as stack, Load(staying, issues_per_second=40, verifies_per_second=40) as tally:
         for number in range(KILLS):
-            time.sleep(0.3)  # More than the skew: a request that is made sooner joins the rotation before it.
+            time.sleep(SKEW + 0.1)  # A request that is made sooner joins the rotation before it.
             before, version = scene.settled(), scene.version()
             request = ci.submit(RequestKind.ROTATE)
             time.sleep(rng.uniform(0, 0.6))

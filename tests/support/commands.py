@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from support.vault import VaultPlace
 
@@ -27,7 +28,7 @@ class Ended:
 
 
 def run_command(
-    *arguments: str | os.PathLike[str],
+    *arguments: str | Path,
     environment: Mapping[str, str] | None = None,
     before: Sequence[str] = (),
     within: float = 30,
@@ -39,7 +40,7 @@ def run_command(
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
     started = time.monotonic()
     done = subprocess.run(
-        [*before, sys.executable, "-m", *map(os.fspath, arguments)],
+        [*before, sys.executable, "-m", *(str(argument) for argument in arguments)],
         env=inherited | {"PYTHONPATH": os.pathsep.join(sys.path)} | dict(environment or {}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
