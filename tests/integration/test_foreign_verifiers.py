@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 import hvac
 import jwt
 import pytest
+from joserfc import jwk as joserfc_jwk
+from joserfc import jwt as joserfc_jwt
+
 from carnet.encoding import base64url, decode_base64url
 from carnet.errors import InvalidTokenError
 from carnet.jwk import KeySet
 from carnet.verify import Expectations, verify_token
-from joserfc import jwk as joserfc_jwk
-from joserfc import jwt as joserfc_jwt
 from support.running_broker import ISSUER, ORDERS, RunningBroker, start_broker
 from support.vault import fresh_name, prepare
 

@@ -1,8 +1,8 @@
 """What happens around every call: authenticate the peer, read its request, answer errors with a status.
 
 No method is served without it, health included: services are added through `AuthenticatedCalls.on`, which wraps each
-handler. (gRPC's interceptors see metadata and not the peer, and cost more than wrapping once.) The certificate is judged
-on each call: an open connection outlives a certificate, a CA and a revocation.
+handler once. (gRPC's interceptors see metadata and not the peer.) The certificate is judged on each call: an open
+connection outlives a certificate, a CA and a revocation.
 
 A unary method is served as a stream of requests of which one is read. On the wire the two are the same; but so the
 caller is authenticated before a byte of its request is read, and one that sends its request slowly, or never, is ended
