@@ -270,8 +270,9 @@ async def test_g11_a_caller_that_goes_away_does_not_disturb_the_others():
         assert await stays
 
 
-async def test_who_asks_when_it_is_over_is_told_no():
+async def test_who_asks_when_it_is_over_is_told_no(monkeypatch):
     """Those who wait, and those who come later: nobody waits for a thread that has ended."""
+    monkeypatch.setattr(keyring_loop, "_ASK_WITHIN", 1000.0)
     driver = Driver(held=True)
     loop = driver.loop()
     loop.start()

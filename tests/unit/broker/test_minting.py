@@ -188,6 +188,14 @@ def test_b03_a_life_that_is_too_short_is_refused(wanted):
         draft(ttl=timedelta(seconds=29, milliseconds=999))
 
 
+def test_of_a_short_life_and_a_short_certificate_the_one_is_named_that_has_to_change():
+    """Where the certificate would do, to the second, it is the request; where it would not, the certificate."""
+    with pytest.raises(ValueError, match="may not live shorter than"):
+        draft(ttl=29 * SECOND, workload=workload(T0 + 30 * SECOND))
+    with pytest.raises(CertificateEndingError):
+        draft(ttl=29 * SECOND, workload=workload(T0 + 29 * SECOND))
+
+
 def test_a_grant_that_allows_too_little_is_refused():
     """A policy whose limit is below the shortest life gives no token at all."""
     with pytest.raises(ValueError, match="may not live shorter than"):

@@ -301,6 +301,7 @@ def test_b13_of_two_refreshes_at_once_the_newer_files_win(pair):
     pair.write("newest")
     second = threading.Thread(target=lambda: watched.refresh(force=True))
     second.start()
+    second.join(0.2)  # It waits for the first. If it did not, it would be through by now.
     go_on.set()
     first.join(10)
     second.join(10)
