@@ -448,6 +448,11 @@ def test_serve_from_the_beginning(site, row):
 # -- what only serving finds out ---------------------------------------------------------------------------------------
 
 
+def served(forked: Forking, site: Site) -> Ended:
+    """Run ``carnet-broker serve``."""
+    return forked.run("carnet_broker", "serve", "--config", site.file("broker.yaml"))
+
+
 def after_the_log(ended: Ended) -> Ended:
     """Return what a broker printed without its log, which tells of the keyring that it loaded before it gave up."""
     *log, last = ended.err.splitlines()
@@ -465,15 +470,15 @@ def test_a_port_that_is_taken_is_named(site, listener):
     assert line.startswith(f"listen.{listener}: cannot listen on {address}")
 
 
-def test_an_audit_directory_that_cannot_be_written_is_named(site):
+def test_an_audit_directory_that_cannot_be_written_is_named(forked, site):
     """A file is in its place, its parent is not there, or it may not be written to."""
     site.write("audit", "in the way")
-    line = one_line(broker(site, "serve"))
+    line = one_line(served(forked, site))
     assert line.startswith(
         f"{site.file('audit')}: the audit record cannot be kept there (File exists); give a directory"
     )
     _config("audit.directory", "nowhere/audit")(site)
-    line = one_line(broker(site, "serve"))
+    line = one_line(served(forked, site))
     assert line.startswith(f"{site.file('nowhere/audit')}: the audit record cannot be kept there (No such file or dire")
     site.file("audit").unlink()
     site.file("audit").mkdir(mode=0o500)
@@ -483,11 +488,11 @@ def test_an_audit_directory_that_cannot_be_written_is_named(site):
 
 
 @pytest.mark.parametrize("name", ["role-id", "secret-id"])
-def test_a_login_that_vault_does_not_accept_is_named_at_once(site, name):
+def test_a_login_that_vault_does_not_accept_is_named_at_once(forked, site, name):
     """Vault said no, so it is not asked again until `start_within` is over."""
     _config("vault.start_within", "1m")(site)
     site.write(name, "canary")
-    ended = broker(site, "serve")
+    ended = served(forked, site)
     line = one_line(ended)
     assert line.startswith(
         f"vault.role_id_file {site.file('role-id')} or vault.secret_id_file {site.file('secret-id')}: Vault at http"
@@ -497,11 +502,11 @@ def test_a_login_that_vault_does_not_accept_is_named_at_once(site, name):
     assert ended.seconds < 10
 
 
-def test_a_role_without_the_right_to_this_environment_is_named_at_once(site):
+def test_a_role_without_the_right_to_this_environment_is_named_at_once(forked, site):
     """The login is good, and for something else."""
     _config("vault.environment", "elsewhere")(site)
     _config("vault.start_within", "1m")(site)
-    ended = broker(site, "serve")
+    ended = served(forked, site)
     line = one_line(ended)
     assert line.startswith("vault.environment elsewhere: Vault at http")
     assert "the policy of this AppRole does not allow it: run the bootstrap again" in line
@@ -517,18 +522,18 @@ def test_a_vault_that_is_not_there_is_named_when_it_had_its_time(site):
     assert line.startswith(f"vault.address: Vault at {address}: cannot log in (auth/approle/login): no connection")
 
 
-def test_a_vault_that_is_not_trusted_is_named_at_once(site, own_openbao):
+def test_a_vault_that_is_not_trusted_is_named_at_once(forked, site, own_openbao):
     """Its certificate is by another authority than the file that is named."""
     _config("vault.address", own_openbao.address)(site)
     _config("vault.ca_file", "ca.pem")(site)
     _config("vault.start_within", "1m")(site)
-    ended = broker(site, "serve")
+    ended = served(forked, site)
     line = one_line(ended)
     assert line.startswith(f"vault.ca_file {site.file('ca.pem')}: Vault at {own_openbao.address}: cannot log in")
     assert ended.seconds < 10
 
 
-def test_a_keyring_of_another_broker_is_refused(site, vault_place):
+def test_a_keyring_of_another_broker_is_refused(forked, site, vault_place):
     """The environment in Vault is of another issuer, or keeps its keys elsewhere: nothing is taken up or changed."""
     place = vault_place
     credentials = place.bootstrapped.credentials["broker"]
@@ -541,7 +546,7 @@ def test_a_keyring_of_another_broker_is_refused(site, vault_place):
     path = f"{place.kv_path}/keyring"
     document = '{"form":1,"issuer":"https://tokens.staging.example","store":"kv","generation":1,"keys":[]}'
     place.root().write_data(path, data={"data": {"document": document}, "options": {"cas": 0}})
-    line = one_line(broker(site, "serve"))
+    line = one_line(served(forked, site))
     assert line.startswith(
         "the keyring document has issuer 'https://tokens.staging.example', where this broker is set up"
     )
