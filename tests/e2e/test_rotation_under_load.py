@@ -13,7 +13,7 @@ from support.load import Load
 from support.measurements import record
 from support.running_broker import POLICY, QUICK, start_broker
 
-ROTATIONS = count("rotations_under_load", quick=20, full=200)
+ROTATIONS = count("rotations_under_load")
 
 
 @pytest.mark.timeout(60 + 10 * ROTATIONS)

@@ -40,7 +40,7 @@ def jwks_url(broker: RunningBroker) -> str:
 
 def fetched_keys(broker: RunningBroker) -> dict:
     """Fetch the key set as anybody would."""
-    with urllib.request.urlopen(jwks_url(broker), timeout=5) as answer:
+    with urllib.request.urlopen(jwks_url(broker), timeout=5) as answer:  # noqa: S310 - a URL of our own
         keys: dict = json.load(answer)
         return keys
 
@@ -56,7 +56,9 @@ def test_pyjwt_accepts_the_token_with_full_claim_checks(broker):
     with pytest.raises(jwt.InvalidAudienceError):
         jwt.decode(token, key, algorithms=["ES256"], audience="bank", issuer=ISSUER, options=options)
     with pytest.raises(jwt.InvalidIssuerError):
-        jwt.decode(token, key, algorithms=["ES256"], audience="payments", issuer="https://other.example", options=options)
+        jwt.decode(
+            token, key, algorithms=["ES256"], audience="payments", issuer="https://other.example", options=options
+        )
 
 
 def test_joserfc_accepts_the_token_with_full_claim_checks(broker):
@@ -103,7 +105,9 @@ def test_openbao_logs_a_workload_in_with_its_token(broker, openbao):
     forged = json.loads(decode_base64url(body.encode())) | {"sub": ORDERS + "x"}
     with pytest.raises(hvac.exceptions.InvalidRequest):
         anybody.auth.jwt.jwt_login(
-            role="payments", jwt=".".join([head, base64url(json.dumps(forged).encode()).decode(), signature]), path=mount
+            role="payments",
+            jwt=".".join([head, base64url(json.dumps(forged).encode()).decode(), signature]),
+            path=mount,
         )
 
 

@@ -33,8 +33,8 @@ from support.running_broker import ISSUER, POLICY, QUICK, RunningBroker, start_b
 from support.vault import VaultPlace, prepare
 from support.vault_proxy import VaultProxy, proxy_before
 
-ROUNDS = count("simultaneous_rotations", quick=10, full=50)
-KILLS = count("kills_during_rotations", quick=5, full=50)
+ROUNDS = count("simultaneous_rotations")
+KILLS = count("kills_during_rotations")
 
 SKEW = 0.4
 # The time in which a request joins a rotation is short, so that rounds may follow each other; that for which a rotation

@@ -141,6 +141,4 @@ class KeyringWorld(RuleBasedStateMachine):
 
 
 TestKeyringWorld = KeyringWorld.TestCase
-TestKeyringWorld.settings = settings(
-    max_examples=count("keyring_machine", quick=150, full=5000), stateful_step_count=60, deadline=None
-)
+TestKeyringWorld.settings = settings(max_examples=count("keyring_machine"), stateful_step_count=60, deadline=None)

@@ -291,6 +291,4 @@ class RotationWorld(RuleBasedStateMachine):
 
 
 TestRotationWorld = RotationWorld.TestCase
-TestRotationWorld.settings = settings(
-    max_examples=count("rotation_machine", quick=60, full=3000), stateful_step_count=50, deadline=None
-)
+TestRotationWorld.settings = settings(max_examples=count("rotation_machine"), stateful_step_count=50, deadline=None)

@@ -1,40 +1,46 @@
+"""The table of counts, which decides how much a proof proves."""
+
 from __future__ import annotations
 
 import pytest
 
-from support import counts
+from support.counts import ALL, TABLE, count
 
 
 def test_quick_counts_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without CARNET_COUNTS a proof repeats itself as often as `make test` can bear."""
     monkeypatch.delenv("CARNET_COUNTS", raising=False)
-    assert 3 == counts.count("quick-is-the-default", quick=3, full=7)
+    assert TABLE["rotations_under_load"][0] == count("rotations_under_load")
 
 
 def test_full_counts_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """CARNET_COUNTS=full is what `make prove` sets."""
     monkeypatch.setenv("CARNET_COUNTS", "full")
-    assert 7 == counts.count("full-is-asked-for", quick=3, full=7)
+    assert TABLE["rotations_under_load"][1] == count("rotations_under_load")
 
 
 def test_a_misspelt_form_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A typing error must not turn a proof into a quick look."""
     monkeypatch.setenv("CARNET_COUNTS", "Full")
     with pytest.raises(ValueError, match="set it to 'quick' or 'full'"):
-        counts.count("misspelt", quick=1, full=2)
+        count("rotations_under_load")
 
 
-@pytest.mark.parametrize(("quick", "full"), [(0, 1), (-1, 1), (2, 1)])
-def test_counts_that_prove_nothing_are_an_error(quick: int, full: int) -> None:
+def test_a_proof_that_is_not_in_the_table_has_no_count() -> None:
+    """A count cannot be made up where it is used."""
+    with pytest.raises(KeyError):
+        count("made-up")
+
+
+def test_all_takes_as_many_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And has to be told how many that is."""
+    name = next(name for name, (_, full) in TABLE.items() if full == ALL)
+    monkeypatch.setenv("CARNET_COUNTS", "full")
+    assert 17 == count(name, of=17)
+    with pytest.raises(ValueError, match="say how many"):
+        count(name)
+
+
+def test_no_count_proves_nothing() -> None:
     """No proof runs zero times, and the full one is not the smaller one."""
-    with pytest.raises(ValueError, match="must be positive"):
-        counts.count("nothing", quick=quick, full=full)
-
-
-def test_one_name_has_one_pair_of_counts() -> None:
-    """The table cannot say two things about one proof."""
-    counts.count("one-name", quick=1, full=2)
-    counts.count("one-name", quick=1, full=2)
-    with pytest.raises(ValueError, match="were entered before"):
-        counts.count("one-name", quick=1, full=3)
-    assert {"quick": 1, "full": 2} == counts.table()["one-name"]
+    assert [] == [name for name, (quick, full) in TABLE.items() if not (0 < quick and (full == ALL or quick <= full))]
