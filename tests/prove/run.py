@@ -61,7 +61,17 @@ def _run(name: str, proof: Proof) -> bool:
     with tempfile.TemporaryDirectory() as place:
         report = Path(place) / "report.xml"
         environment = os.environ | {"CARNET_COUNTS": "full", "CARNET_MEASUREMENTS": place}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "--timeout=1500", f"--junitxml={report}", *proof.tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-s",
+            "--timeout=1500",
+            f"--junitxml={report}",
+            *proof.tests,
+        ]
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, timeout=proof.minutes * 60, check=False)
         except subprocess.TimeoutExpired:
@@ -71,9 +81,7 @@ def _run(name: str, proof: Proof) -> bool:
             return False
         suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314 - written by pytest, just now
         assert suite is not None
-        figures = {
-            file.stem: json.loads(file.read_text())["figures"] for file in sorted(Path(place).glob("*.json"))
-        }
+        figures = {file.stem: json.loads(file.read_text())["figures"] for file in sorted(Path(place).glob("*.json"))}
     commit = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
