@@ -1,21 +1,18 @@
-"""A login that lies, and connections that are kept."""
+"""A login that lies."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from carnet_broker.edges.vault import (
     VaultForbiddenError,
-    VaultKeyringDocument,
     VaultLoginError,
     VaultSession,
-    transport,
 )
-from support.lying_vault import LyingVault, Received, once, reply
-from support.vault_lies import GOOD, OPERATIONS, WRONG_BODIES, fails, settings_for
+from support.lying_vault import LyingVault, once, reply
+from support.vault_lies import OPERATIONS, WRONG_BODIES, fails, settings_for
 
 
 @pytest.fixture(name="vault")
@@ -90,39 +87,3 @@ def test_k06_forbidden_is_asked_again_once_with_a_new_login(vault: LyingVault, s
     for _ in range(20):
         fails(session, OPERATIONS["read the keyring"])
     assert 2 == len([received for received in vault.received if received.path == "auth/approle/login"])
-
-
-# -- connections ------------------------------------------------------------------------------------------------------
-
-
-def test_connection_that_was_idle_for_long_is_not_used_again(
-    vault: LyingVault, session: VaultSession, monkeypatch: pytest.MonkeyPatch
-):
-    """What stands between may have forgotten a silent connection: a new one is opened."""
-    vault.otherwise = GOOD
-    document = VaultKeyringDocument(session)
-    document.load()
-    first = session._transport._idle[0]
-    document.load()
-    assert [first] == session._transport._idle
-    monkeypatch.setattr(transport, "_IDLE_SECONDS", 0.0)
-    document.load()
-    assert first not in session._transport._idle
-
-
-def test_no_more_connections_are_kept_than_a_few(vault: LyingVault, session: VaultSession):
-    """Twenty threads at once open twenty connections, and eight are kept."""
-    barrier = threading.Barrier(20, timeout=5)
-
-    def together(_: Received, send: Callable[[bytes], None]) -> None:
-        barrier.wait()
-        send(GOOD)
-
-    session.check()
-    vault.otherwise = together
-    threads = [threading.Thread(target=VaultKeyringDocument(session).load) for _ in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert 8 == len(session._transport._idle)

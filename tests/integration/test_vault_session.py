@@ -20,7 +20,7 @@ from carnet_broker.edges.vault import (
 )
 from carnet_broker.ports import KeyStoreUnavailableError
 from support.lying_vault import LyingVault, reply
-from support.vault import VaultPlace
+from support.vault import VaultPlace, idle_sockets
 
 
 @dataclass
@@ -266,11 +266,15 @@ def test_threads_whose_token_was_revoked_share_the_next(session: VaultSession, v
 
 def test_connections_are_used_again_and_closed(session: VaultSession):
     """Calls one after the other use one connection; `close` ends it, and the session can still be used."""
+    _use(session)
+    first = idle_sockets(session)
+    assert 1 == len(first)
     for _ in range(5):
         _use(session)
-    assert 1 == len(session._transport._idle)
+        assert first == idle_sockets(session)
     session.close()
-    assert [] == session._transport._idle
+    assert [] == idle_sockets(session)
+    assert [-1] == [each.fileno() for each in first]
     assert _use(session)
 
 

@@ -7,6 +7,7 @@ the real bootstrap set up, with its least-privilege roles. A test that seals, st
 
 from __future__ import annotations
 
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,17 +18,36 @@ from typing import Any
 
 import hvac
 import pytest
+from requests.adapters import HTTPAdapter
 
 from bootstrap_vault import Bootstrapped, bootstrap
 from carnet_broker.demo.openbao import OpenBao
 from carnet_broker.edges.vault import SecretFile, VaultSession, VaultSettings
 
-__all__ = ["VaultPlace", "fresh_name", "openbao", "own_openbao", "own_vault_place", "prepare", "vault_place"]
+__all__ = [
+    "VaultPlace",
+    "fresh_name",
+    "idle_sockets",
+    "openbao",
+    "own_openbao",
+    "own_vault_place",
+    "prepare",
+    "vault_place",
+]
 
 
 def fresh_name(what: str) -> str:
     """Return a name that no other test uses, for a mount, an environment or a role."""
     return f"{what}-{uuid.uuid4().hex[:12]}"
+
+
+def idle_sockets(session: VaultSession) -> list[socket.socket]:
+    """Return the sockets of the connections that `session` keeps."""
+    adapter = session._http.get_adapter(session.settings.address)
+    assert isinstance(adapter, HTTPAdapter)
+    pools = [adapter.poolmanager.pools[key].pool for key in adapter.poolmanager.pools.keys()]  # noqa: SIM118
+    kept = [connection for pool in pools if pool is not None for connection in pool.queue if connection is not None]
+    return [connection.sock for connection in kept if connection.sock is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,19 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, NoReturn
 
+import hvac
+import requests
+
 from carnet.errors import ConfigError
+from carnet_broker.edges.vault.connections import AnswerTooLargeError, ExchangeError, NotTrustedError
 from carnet_broker.edges.vault.failures import describe
 from carnet_broker.edges.vault.settings import VaultSettings
-from carnet_broker.edges.vault.transport import (
-    Answer,
-    AnswerTooLargeError,
-    Call,
-    ExchangeError,
-    NotTrustedError,
-    Transport,
-)
+from carnet_broker.edges.vault.transport import bounded_session, client, exchange
 from carnet_broker.ports import KeyStoreUnavailableError
 
 __all__ = [
@@ -77,20 +75,10 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ask:
-    """One request, before anybody's token is put to it."""
-
-    operation: str
-    method: str
-    path: str
-    body: dict[str, Any] | None = field(default=None, repr=False)
-    max_bytes: int = _MAX_BYTES
-
-
-@dataclass(frozen=True, slots=True)
 class _Login:
-    """A token of Vault. The times are of the session's clock, in seconds."""
+    """A token of Vault, and the client that shows it. The times are of the session's clock, in seconds."""
 
+    client: hvac.Client = field(repr=False)
     token: str = field(repr=False)
     life: float
     renewable: bool
@@ -98,7 +86,9 @@ class _Login:
     ends_at: float
 
     @classmethod
-    def of(cls, auth: object, *, at: float, first_life: float | None) -> _Login:
+    def of(
+        cls, auth: object, *, client_with: Callable[[str], hvac.Client], at: float, first_life: float | None
+    ) -> _Login:
         """Read the `auth` part of an answer, or raise `ValueError`. `at` is when it was asked for."""
         if not isinstance(auth, dict):
             msg = "it has no auth part"
@@ -107,11 +97,13 @@ class _Login:
         if not (isinstance(token, str) and _TOKEN.fullmatch(token)) or type(life) is not int or life < 0:
             msg = "its auth part has no token, or no duration"
             raise ValueError(msg)
+        client = client_with(token)
         if life == 0:  # A token without an end.
-            return cls(token, math.inf, renewable=False, renew_at=math.inf, ends_at=math.inf)
+            return cls(client, token, math.inf, renewable=False, renew_at=math.inf, ends_at=math.inf)
         # Close to its longest life a token is renewed for less and less: then a new login comes next.
         near_its_end = first_life is not None and life < first_life * _RENEW_AT
         return cls(
+            client,
             token,
             life=life if first_life is None else first_life,
             renewable=renewable is True and not near_its_end,
@@ -128,7 +120,8 @@ class VaultSession:
         self.settings = settings
         self._clock = clock
         self._timeout = settings.timeout.total_seconds()
-        self._transport = Transport(host=settings.host, port=settings.port, tls=settings.tls, ca_file=settings.ca_file)
+        self._http = bounded_session(settings.ca_file)
+        self._client_with = partial(client, settings, self._http)
         self._login: _Login | None = None
         self._login_lock = threading.Lock()
         self._failed_login: tuple[float, type[KeyStoreUnavailableError], str] | None = None
@@ -155,13 +148,17 @@ class VaultSession:
         or `VaultTooLargeError`, which are kinds of it. No message holds a token, a secret id, or text that Vault sent.
         """
         deadline = time.monotonic() + self._timeout
+
+        def ask(login: _Login) -> Reply:
+            request = partial(login.client.adapter.request, method, f"v1/{path}", json=body)
+            return self._send(operation, path, request, deadline, max_bytes)
+
         login = self._current_login(deadline)
-        ask = _Ask(operation, method, path, body, max_bytes)
-        reply = self._send(ask, login.token, deadline)
+        reply = ask(login)
         if reply.status == _FORBIDDEN and _FORBIDDEN not in accept:
             again = self._login_after_refusal(login, deadline)
             if again is not None:
-                reply = self._send(ask, again.token, deadline)
+                reply = ask(again)
                 if reply.status == _FORBIDDEN:
                     self._no_login_on_403_before = self._clock() + _FORBIDDEN_PAUSE
         if reply.status not in _OK and reply.status not in accept:
@@ -174,7 +171,7 @@ class VaultSession:
 
     def close(self) -> None:
         """Close the idle connections. The token is left to end by itself; the session can still be used."""
-        self._transport.close()
+        self._http.close()
 
     def refused(self, operation: str, path: str, reply: Reply) -> NoReturn:
         """Raise the error for an answer that is a refusal."""
@@ -227,9 +224,11 @@ class VaultSession:
             if not login.renewable:
                 self._log_in(deadline)
                 return
-            reply = self._send(_Ask("renew the login", "POST", "auth/token/renew-self", {}), login.token, deadline)
+            renew = login.client.auth.token.renew_self
+            reply = self._send("renew the login", "auth/token/renew-self", renew, deadline)
             if reply.status in _OK:
-                self._login = _Login.of(reply.body.get("auth"), at=at, first_life=login.life)
+                auth = reply.body.get("auth")
+                self._login = _Login.of(auth, client_with=self._client_with, at=at, first_life=login.life)
             else:
                 self._log_in(deadline)
         except (KeyStoreUnavailableError, ValueError):
@@ -250,43 +249,42 @@ class VaultSession:
         return self._login
 
     def _try_login(self, at: float, deadline: float) -> _Login:
+        mount = self.settings.approle_mount
         try:
-            credentials = {"role_id": self.settings.role_id(), "secret_id": self.settings.secret_id()}
+            role_id, secret_id = self.settings.role_id(), self.settings.secret_id()
         except ConfigError as error:
             raise VaultLoginError(self._message("log in", str(error))) from error
-        path = f"auth/{self.settings.approle_mount}/login"
-        reply = self._send(_Ask("log in", "POST", path, credentials), None, deadline)
+        approle = self._client_with("").auth.approle
+        log_in = partial(approle.login, role_id, secret_id, use_token=False, mount_point=mount)
+        reply = self._send("log in", f"auth/{mount}/login", log_in, deadline)
         if reply.status in _BAD_LOGIN:
             what = (
                 f"{describe(reply.status, reply.body).partition(':')[0]}: check the role id and the secret id (is it"
-                f" over, or of another environment?), and that AppRole is mounted at {self.settings.approle_mount}"
+                f" over, or of another environment?), and that AppRole is mounted at {mount}"
             )
             raise VaultLoginError(self._message("log in", what))
         if reply.status not in _OK:
             raise KeyStoreUnavailableError(self._message("log in", describe(reply.status, reply.body)))
         try:
-            return _Login.of(reply.body.get("auth"), at=at, first_life=None)
+            return _Login.of(reply.body.get("auth"), client_with=self._client_with, at=at, first_life=None)
         except ValueError as error:
             self.senseless("log in", str(error))
 
     # -- one exchange ----------------------------------------------------------------------------------------------
 
-    def _send(self, ask: _Ask, token: str | None, deadline: float) -> Reply:
-        if not _PATH.fullmatch(ask.path) or {".", ".."} & set(ask.path.split("/")):
-            self.senseless(ask.operation, "a name in the path is not of Carnet's form")
-        headers = {"X-Vault-Request": "true", "Accept": "application/json"}
-        if token is not None:
-            headers["X-Vault-Token"] = token
-        if self.settings.namespace is not None:
-            headers["X-Vault-Namespace"] = self.settings.namespace
-        content = None
-        if ask.body is not None:
-            headers["Content-Type"] = "application/json"
-            content = json.dumps(ask.body).encode("ascii")
-        call = Call(ask.method, f"/v1/{ask.path}", headers, content, ask.max_bytes)
-        where = f"{ask.operation} ({ask.path})"
+    def _send(
+        self,
+        operation: str,
+        path: str,
+        ask: Callable[[], requests.Response],
+        deadline: float,
+        max_bytes: int = _MAX_BYTES,
+    ) -> Reply:
+        if not _PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
+            self.senseless(operation, "a name in the path is not of Carnet's form")
+        where = f"{operation} ({path})"
         try:
-            answer = self._transport.exchange(call, deadline=deadline)
+            status, body = exchange(ask, deadline=deadline, max_bytes=max_bytes)
         except AnswerTooLargeError as error:
             raise VaultTooLargeError(self._message(where, str(error))) from None
         except NotTrustedError as error:
@@ -295,21 +293,21 @@ class VaultSession:
         except ExchangeError as error:
             what = f"{error}: is Vault up, and is this its address?"
             raise KeyStoreUnavailableError(self._message(where, what)) from None
-        return self._read(ask.operation, answer)
+        return self._read(operation, status, body)
 
-    def _read(self, operation: str, answer: Answer) -> Reply:
+    def _read(self, operation: str, status: int, answer: bytes) -> Reply:
         """Return the JSON object of an answer. That of a refusal may be anything: it is only looked at for phrases."""
         body: Any = {}
-        if answer.body.strip():
+        if answer.strip():
             try:
-                body = json.loads(answer.body)
+                body = json.loads(answer)
             except (ValueError, RecursionError):
                 body = None
         if not isinstance(body, dict):
-            if answer.status in _OK:
-                self.senseless(operation, f"HTTP {answer.status} without a JSON object")
+            if status in _OK:
+                self.senseless(operation, f"HTTP {status} without a JSON object")
             body = {}
-        return Reply(answer.status, body)
+        return Reply(status, body)
 
     def _message(self, operation: str, what: str) -> str:
         return f"Vault at {self.settings.address}: cannot {operation}: {what}"

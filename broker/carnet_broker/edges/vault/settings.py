@@ -21,7 +21,7 @@ _HOST: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*|[0-9A-Fa-f:.]+")
 _SEGMENTS: Final = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9._-]+")
 _SECRET: Final = re.compile(r"[!-~]{1,1024}")
-_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+_SCHEMES: Final = frozenset({"http", "https"})
 
 
 class VaultSettingError(ConfigError):
@@ -126,22 +126,6 @@ class VaultSettings:
             msg = f"{self.ca_file} cannot be read ({error.strerror}): give the PEM file of the CA of Vault"
             raise ConfigError(msg) from error
 
-    @property
-    def host(self) -> str:
-        """The name or the IP address of the server."""
-        return urlsplit(self.address).hostname or ""
-
-    @property
-    def port(self) -> int:
-        """The port of the server."""
-        url = urlsplit(self.address)
-        return url.port or _DEFAULT_PORTS[url.scheme]
-
-    @property
-    def tls(self) -> bool:
-        """Whether the server is spoken to over TLS."""
-        return urlsplit(self.address).scheme == "https"
-
     def _check_address(self) -> None:
         shown = "the address of Vault" if "@" in self.address else f"the address of Vault {self.address[:80]!r}"
         try:
@@ -152,7 +136,7 @@ class VaultSettings:
             raise VaultSettingError(msg, field="address") from None
         bare = {url.scheme: "", f"{url.scheme}://{url.netloc}": "", f"{url.scheme}://{url.netloc}/": ""}
         if (
-            url.scheme not in _DEFAULT_PORTS
+            url.scheme not in _SCHEMES
             or self.address not in bare
             or "@" in url.netloc
             or port == 0
