@@ -155,7 +155,6 @@ class Broker:
         limits = ListenerLimits(
             handshake_timeout=config.limits.handshake_timeout, connection_age=config.limits.connection_age
         )
-        credentials = server_credentials(lambda: self._tls.value.pems)
         tokens, trust = new_server(limits), new_server(limits)
         on_tokens, on_trust = (
             AuthenticatedCalls(
@@ -180,6 +179,7 @@ class Broker:
         for registration in (on_tokens, on_trust):
             health_pb2_grpc.add_HealthServicer_to_server(health_servicer, registration)
         for name, server, address in (("tokens", tokens, config.listen.tokens), ("trust", trust, config.listen.trust)):
+            credentials = server_credentials(lambda: self._tls.value.pems)
             port = bind(server, address, credentials, setting=f"listen.{name}")
             self.addresses[name] = f"{address.rpartition(':')[0]}:{port}"
         plain_socket = _listen(config.listen.plain)

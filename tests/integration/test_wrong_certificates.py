@@ -18,7 +18,6 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
-from grpc.experimental import session_cache
 
 from carnet.testing import CertificateAuthority, IssuedCertificate
 from carnet.v1 import token_pb2
@@ -224,40 +223,39 @@ def test_an_authority_that_is_taken_out_of_the_bundle_is_refused_on_open_connect
 # -- TLS sessions and versions: T18 to T20 -----------------------------------------------------------------------------
 
 
-def resumes(target: Target, shown: Presented) -> bool:
-    """Connect, keep the session, offer it to a second connection; say whether the server took it."""
+def call_with_session_of(target: Target, shown: Presented, *, wait: timedelta) -> tuple[bool, int]:
+    """Connect, keep the session, offer it to a second connection after a while, and make a call on that.
+
+    Return whether the server took it, and the status of the call.
+    """
     context = openssl_context(target, shown)
     with tls_connection(target.address, context, server_name=target.server_name) as connection:
         grpc_status_of_call(connection, target.method, target.request)  # TLS 1.3 sends tickets after the handshake.
         session = connection.session
+    time.sleep(wait.total_seconds())
     with tls_connection(target.address, context, server_name=target.server_name, session=session) as connection:
-        grpc_status_of_call(connection, target.method, target.request)
-        return bool(connection.session_reused)
+        status = grpc_status_of_call(connection, target.method, target.request)
+        return bool(connection.session_reused), status
 
 
-def test_t18_a_session_is_not_resumed(target: Target, ca: CertificateAuthority):
-    """OpenSSL offers it; each handshake of ours has a configuration of its own, which knows no tickets of others."""
-    assert not resumes(target, leaf(ca, now()))
+def test_t18_a_resumed_session_is_judged_by_the_certificate_that_it_brings_back(
+    target: Target, ca: CertificateAuthority
+):
+    """A good one is served; one that has ended since is refused, although TLS asks for no certificate again."""
+    assert (True, 0) == call_with_session_of(target, leaf(ca, now()), wait=timedelta(0))
+    ends = now().replace(microsecond=0) + timedelta(seconds=3)
+    ended = call_with_session_of(target, leaf(ca, now(), not_after=ends), wait=ends - now())
+    assert (True, UNAUTHENTICATED) == ended
 
 
-def test_t18_a_session_would_be_resumed_if_handshakes_shared_a_configuration(ca: CertificateAuthority):
-    """So that the test above means something: the same client, the same certificate."""
-    with mtls_server(ca, static=True) as server:
-        assert resumes(server.target, leaf(ca, now()))
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_t18_a_grpc_client_with_a_session_cache_makes_full_handshakes(static: bool, ca: CertificateAuthority):
-    """As the server sees it; with the twin that shares its configuration."""
-    cache = session_cache.ssl_session_cache_lru(1)
-    shown = leaf(ca, now())
-    with mtls_server(ca, static=static) as server:
-        for _ in range(4):
-            with grpc_channel(server.target, shown, ("grpc.ssl_session_cache", cache)) as channel:
-                assert grpc.StatusCode.OK is status_of(channel, server.target)
-        reused = [b"".join(peer["ssl_session_reused"]) for peer in server.contexts]
-
-    assert ([b"false"] * 4 if not static else [b"false", b"true", b"true", b"true"]) == reused
+def test_t18_the_server_sees_the_whole_chain_of_a_resumed_session(ca: CertificateAuthority):
+    """Or no such call could be judged. The first handshake is the twin."""
+    with mtls_server(ca) as server:
+        assert (True, 0) == call_with_session_of(server.target, leaf(ca, now()), wait=timedelta(0))
+        first, resumed = server.contexts
+    for name in ("x509_pem_cert", "x509_pem_cert_chain"):
+        assert first[name] == resumed[name]
+    assert [b"false", b"true"] == [b"".join(peer["ssl_session_reused"]) for peer in (first, resumed)]
 
 
 def test_t18_a_session_brings_back_no_certificate_whose_authority_is_gone(ca: CertificateAuthority):

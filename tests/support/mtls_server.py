@@ -19,6 +19,7 @@ import grpc
 
 from carnet.testing import CertificateAuthority
 from carnet_broker.core.workload import IdentityCache, LeafRules, TrustBundle, UnauthenticatedError
+from carnet_broker.edges.grpc.listeners import TlsPems, server_credentials
 from certificate_recipe import Presented
 from support.raw_grpc import grpc_status_of_call, tls_connection
 from wrong_kind import Client, Expected
@@ -60,12 +61,8 @@ class MtlsServer:
 
 
 @contextmanager
-def mtls_server(ca: CertificateAuthority, *, static: bool = False) -> Iterator[MtlsServer]:
-    """Run a server that trusts `ca`, on a port of 127.0.0.1.
-
-    Each handshake gets a new configuration. `static` gives all of them the same one, which is what lets TLS sessions
-    be resumed: it is there to prove that a test would see it.
-    """
+def mtls_server(ca: CertificateAuthority) -> Iterator[MtlsServer]:
+    """Run a server that trusts `ca`, on a port of 127.0.0.1."""
     own = ca.issue(_SERVER, dns_names=[_SERVER_NAME])
     identities = IdentityCache(LeafRules())
 
@@ -83,20 +80,10 @@ def mtls_server(ca: CertificateAuthority, *, static: bool = False) -> Iterator[M
             context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         return str(workload.spiffe_id).encode()
 
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration(
-            [(own.private_key_pem, own.certificate_pem)], running.client_ca_pem
-        )
-
     bundle = TrustBundle.parse(ca.root_pem, [], ["prod.example"])
     placeholder = Target("", _SERVER_NAME, ca.root_pem)
     running = MtlsServer(bundle, ca.root_pem, lambda: datetime.now(UTC), placeholder)
-    if static:
-        credentials = grpc.ssl_server_credentials(
-            [(own.private_key_pem, own.certificate_pem)], ca.root_pem, require_client_auth=True
-        )
-    else:
-        credentials = grpc.dynamic_ssl_server_credentials(configuration(), configuration, True)  # noqa: FBT003
+    credentials = server_credentials(lambda: TlsPems(own.private_key_pem, own.certificate_pem, running.client_ca_pem))
     service, method = METHOD.removeprefix("/").split("/")
     with ThreadPoolExecutor(4) as threads:
         server = grpc.server(threads, options=[("grpc.so_reuseport", 0), ("grpc.server_handshake_timeout_ms", 5000)])

@@ -20,6 +20,7 @@ from carnet import Verifier, current
 from carnet.errors import CarnetError
 from carnet.grpc import ServerInterceptor, require
 from carnet_broker.demo.shop import CHARGE, decode, encode
+from carnet_broker.edges.grpc.listeners import TlsPems, server_credentials
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # Quoted: only the stubs know its parameters.
 
@@ -40,14 +41,9 @@ def _charge(request: dict[str, Any], context: grpc.ServicerContext) -> dict[str,
 
 
 def _credentials() -> grpc.ServerCredentials:
-    """Return credentials that read the files at each handshake: a renewed certificate needs no restart."""
+    """Return credentials that follow the files: a renewed certificate needs no restart."""
     files = [Path(os.environ[name]) for name in ("CARNET_KEY_FILE", "CARNET_CERT_FILE", "CARNET_CA_FILE")]
-
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        key, chain, ca = (file.read_bytes() for file in files)
-        return grpc.ssl_server_certificate_configuration([(key, chain)], ca)
-
-    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=True)
+    return server_credentials(lambda: TlsPems(*(file.read_bytes() for file in files)))
 
 
 def main() -> None:

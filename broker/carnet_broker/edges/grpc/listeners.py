@@ -1,16 +1,21 @@
 """The gRPC servers: limits on all that a peer can send, and mutual TLS whose files can be swapped.
 
-Every handshake gets a new configuration. That takes up renewed certificates and CA bundles at once, and it prevents
-TLS session resumption: a session of an earlier configuration, which would bring back a client certificate that has
-ended since, finds no cache.
+gRPC asks for the TLS configuration at each handshake, under a lock, and uses it after it has let go of the lock
+(github.com/grpc/grpc/issues/36693). A configuration that another handshake replaces in between is used after it was
+freed: a hundred clients that connect at the same time, strangers among them, end the process. So a configuration is
+replaced only when the files have changed, and then only after nobody has asked for one in the last half second.
+
+It follows that TLS sessions can be resumed while the files do not change. A resumed connection brings back the client's
+certificate, and each of its calls is judged by it like those of any other connection.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final, cast
 
 import grpc
 
@@ -18,6 +23,10 @@ from carnet.errors import ConfigError
 from carnet_broker.edges.grpc.unknown_methods import guarded_against_unknown_methods
 
 __all__ = ["ListenerLimits", "TlsPems", "bind", "new_server", "server_credentials"]
+
+
+_SETTLED_AFTER: Final = 0.5
+_LOOK_AGAIN_AFTER: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +59,44 @@ class TlsPems:
         return "TlsPems(...)"
 
 
+class _Configurations:
+    """What gRPC asks for at each handshake of one listener, never for two at once."""
+
+    def __init__(self, pems: Callable[[], TlsPems]) -> None:
+        self._pems = pems
+        self._served = pems()
+        self._asked_at = float("-inf")
+
+    @property
+    def first(self) -> grpc.ServerCertificateConfiguration:
+        """The configuration to begin with."""
+        return _configuration(self._served)
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        """Return the new configuration, or None to go on with the one that is there."""
+        current = self._pems()
+        if current == self._served:
+            self._asked_at = time.monotonic()
+            return None
+        # Whoever asked before us needs microseconds to be through. Waking up often gives its thread the processor also
+        # where there is little of it; those who come after us wait for us.
+        while time.monotonic() < self._asked_at + _SETTLED_AFTER:
+            time.sleep(_LOOK_AGAIN_AFTER)
+        self._served = current
+        self._asked_at = time.monotonic()
+        return _configuration(current)
+
+
+def _configuration(pems: TlsPems) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pems.private_key, pems.certificate_chain)], pems.client_ca)
+
+
 def server_credentials(pems: Callable[[], TlsPems]) -> grpc.ServerCredentials:
-    """Return credentials that read `pems` at each handshake and require a client certificate."""
-
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        current = pems()
-        return grpc.ssl_server_certificate_configuration(
-            [(current.private_key, current.certificate_chain)], current.client_ca
-        )
-
-    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=True)
+    """Return credentials for one listener, which follow `pems` and require a client certificate."""
+    configurations = _Configurations(pems)
+    # The stubs do not know that None means unchanged.
+    fetch = cast("Callable[[], grpc.ServerCertificateConfiguration]", configurations)
+    return grpc.dynamic_ssl_server_credentials(configurations.first, fetch, require_client_authentication=True)
 
 
 def new_server(limits: ListenerLimits) -> grpc.aio.Server:
