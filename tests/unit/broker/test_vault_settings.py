@@ -50,8 +50,7 @@ def test_address_is_read(address: str, host: str, port: int, *, tls: bool):
     """An https address anywhere, and an http address of this machine; the HTTP library reads it as we do."""
     settings = replace(_SETTINGS, address=address)
     request = requests.Request("GET", settings.address).prepare()
-    adapter = bounded_session(None).get_adapter(settings.address)
-    pool = adapter.get_connection_with_tls_context(request, verify=True)
+    pool = bounded_session(None).get_adapter(request.url).poolmanager.connection_from_url(request.url)
     assert (host, port, tls) == (pool.host.strip("[]"), pool.port, pool.scheme == "https")
 
 
