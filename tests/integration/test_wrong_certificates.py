@@ -223,28 +223,44 @@ def test_an_authority_that_is_taken_out_of_the_bundle_is_refused_on_open_connect
 # -- TLS sessions and versions: T18 to T20 -----------------------------------------------------------------------------
 
 
-def call_with_session_of(target: Target, shown: Presented, *, wait: timedelta) -> tuple[bool, int]:
+def call_with_session_of(
+    target: Target, shown: Presented, *, wait: timedelta, meanwhile: Presented | None = None
+) -> tuple[bool, int]:
     """Connect, keep the session, offer it to a second connection after a while, and make a call on that.
 
-    Return whether the server took it, and the status of the call.
+    `meanwhile` connects again and again while we wait, so that the listener is never quiet. Return whether the server
+    took the session, and the status of the call.
     """
     context = openssl_context(target, shown)
     with tls_connection(target.address, context, server_name=target.server_name) as connection:
         grpc_status_of_call(connection, target.method, target.request)  # TLS 1.3 sends tickets after the handshake.
         session = connection.session
-    time.sleep(wait.total_seconds())
+    until = time.monotonic() + wait.total_seconds()
+    while (left := until - time.monotonic()) > 0:
+        if meanwhile is not None:
+            other = openssl_context(target, meanwhile)
+            with tls_connection(target.address, other, server_name=target.server_name):
+                pass
+        time.sleep(min(left, 0.1 if meanwhile is not None else left))
     with tls_connection(target.address, context, server_name=target.server_name, session=session) as connection:
         status = grpc_status_of_call(connection, target.method, target.request)
         return bool(connection.session_reused), status
 
 
-def test_t18_a_resumed_session_is_judged_by_the_certificate_that_it_brings_back(
+def test_t18_no_session_is_resumed_when_the_listener_was_quiet_for_half_a_second(
+    target: Target, ca: CertificateAuthority
+):
+    """The session is offered, and a full handshake is made all the same; nobody is punished for offering."""
+    assert (False, 0) == call_with_session_of(target, leaf(ca, now()), wait=timedelta(seconds=0.7))
+
+
+def test_t18_a_session_of_a_burst_is_judged_by_the_certificate_that_it_brings_back(
     target: Target, ca: CertificateAuthority
 ):
     """A good one is served; one that has ended since is refused, although TLS asks for no certificate again."""
     assert (True, 0) == call_with_session_of(target, leaf(ca, now()), wait=timedelta(0))
     ends = now().replace(microsecond=0) + timedelta(seconds=3)
-    ended = call_with_session_of(target, leaf(ca, now(), not_after=ends), wait=ends - now())
+    ended = call_with_session_of(target, leaf(ca, now(), not_after=ends), wait=ends - now(), meanwhile=leaf(ca, now()))
     assert (True, UNAUTHENTICATED) == ended
 
 

@@ -3,10 +3,12 @@
 gRPC asks for the TLS configuration at each handshake, under a lock, and uses it after it has let go of the lock
 (github.com/grpc/grpc/issues/36693). A configuration that another handshake replaces in between is used after it was
 freed: a hundred clients that connect at the same time, strangers among them, end the process. So a configuration is
-replaced only when the files have changed, and then only after nobody has asked for one in the last half second.
+replaced only when nobody has asked for one in the last half second. In a quiet broker that is at each handshake; in a
+busy one handshakes are held back for half a second when the files have changed, and every ten minutes.
 
-It follows that TLS sessions can be resumed while the files do not change. A resumed connection brings back the client's
-certificate, and each of its calls is judged by it like those of any other connection.
+A new configuration is also what keeps TLS sessions from being resumed: one of an earlier configuration finds no cache.
+So a session can be resumed in a burst of handshakes, and for ten minutes at most. Each call on a resumed connection is
+judged by the certificate that it brings back, like those of any other.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ __all__ = ["ListenerLimits", "TlsPems", "bind", "new_server", "server_credential
 
 _SETTLED_AFTER: Final = 0.5
 _LOOK_AGAIN_AFTER: Final = 0.02
+_REPLACED_AFTER: Final = 600.0
+"""Seconds; the longest that a configuration is kept, and so the longest that a session of it can be resumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +66,14 @@ class TlsPems:
 class _Configurations:
     """What gRPC asks for at each handshake of one listener, never for two at once."""
 
-    def __init__(self, pems: Callable[[], TlsPems]) -> None:
+    def __init__(
+        self, pems: Callable[[], TlsPems], *, mono: Callable[[], float], sleep: Callable[[float], None]
+    ) -> None:
         self._pems = pems
+        self._mono = mono
+        self._sleep = sleep
         self._served = pems()
-        self._asked_at = float("-inf")
+        self._asked_at = self._replaced_at = mono()
 
     @property
     def first(self) -> grpc.ServerCertificateConfiguration:
@@ -73,18 +81,22 @@ class _Configurations:
         return _configuration(self._served)
 
     def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return the new configuration, or None to go on with the one that is there."""
+        """Return a new configuration, or None to go on with the one that is there."""
         current = self._pems()
-        if current == self._served:
-            self._asked_at = time.monotonic()
-            return None
+        is_due = current != self._served or self._mono() - self._replaced_at >= _REPLACED_AFTER
         # Whoever asked before us needs microseconds to be through. Waking up often gives its thread the processor also
         # where there is little of it; those who come after us wait for us.
-        while time.monotonic() < self._asked_at + _SETTLED_AFTER:
-            time.sleep(_LOOK_AGAIN_AFTER)
-        self._served = current
-        self._asked_at = time.monotonic()
+        while is_due and not self._is_settled():
+            self._sleep(_LOOK_AGAIN_AFTER)
+        is_settled, self._asked_at = self._is_settled(), self._mono()
+        if not is_settled:
+            return None
+        self._served, self._replaced_at = current, self._asked_at
         return _configuration(current)
+
+    def _is_settled(self) -> bool:
+        """Say whether nobody can be between asking for a configuration and using it."""
+        return self._mono() - self._asked_at >= _SETTLED_AFTER
 
 
 def _configuration(pems: TlsPems) -> grpc.ServerCertificateConfiguration:
@@ -93,7 +105,7 @@ def _configuration(pems: TlsPems) -> grpc.ServerCertificateConfiguration:
 
 def server_credentials(pems: Callable[[], TlsPems]) -> grpc.ServerCredentials:
     """Return credentials for one listener, which follow `pems` and require a client certificate."""
-    configurations = _Configurations(pems)
+    configurations = _Configurations(pems, mono=time.monotonic, sleep=time.sleep)
     # The stubs do not know that None means unchanged.
     fetch = cast("Callable[[], grpc.ServerCertificateConfiguration]", configurations)
     return grpc.dynamic_ssl_server_credentials(configurations.first, fetch, require_client_authentication=True)
