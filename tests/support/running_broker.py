@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -233,12 +233,13 @@ def start_broker(
     ca: CertificateAuthority | None = None,
     policy: str = POLICY,
     settings: Mapping[str, Any] | None = None,
+    command: Sequence[str] = ("-m", "carnet_broker"),
 ) -> Iterator[RunningBroker]:
-    """Start a broker and wait until it serves; it ends with the block."""
+    """Start a broker and wait until it serves; it ends with the block. `command` is what Python is told to run."""
     config, ca = write_broker_files(place, directory, ca=ca, policy=policy, settings=settings)
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "carnet_broker", "serve", "--config", str(config)],
+            [sys.executable, *command, "serve", "--config", str(config)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -27,7 +27,7 @@ from google.protobuf.message import DecodeError
 
 from carnet.errors import CarnetError
 from carnet_broker.core.workload import Workload
-from carnet_broker.edges.grpc.status import SlowRequestError, status_of_error
+from carnet_broker.edges.grpc.status import NoSuchMethodError, SlowRequestError, status_of_error
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
 
 __all__ = ["AuthContext", "AuthenticatedCalls", "CallEvents", "caller"]
@@ -145,6 +145,8 @@ class AuthenticatedCalls:
 
     def _status(self, method: str, error: Exception) -> grpc.Status:
         """Report `error`, and return what the caller is told."""
+        if isinstance(error, NotImplementedError):  # As generated code says that a method was left out.
+            error = NoSuchMethodError(f"{method} is not served here")
         if isinstance(error, CarnetError):
             self._events.refused(method, error, _CALLER.get(None))
         else:

@@ -19,7 +19,15 @@ from carnet.errors import CarnetError
 from carnet_broker.core.workload import UnauthenticatedError
 from carnet_broker.issuance import RefusalReason, RefusedError
 
-__all__ = ["CODES", "DOMAIN", "SlowRequestError", "UnavailableError", "rich_status", "status_of_error"]
+__all__ = [
+    "CODES",
+    "DOMAIN",
+    "NoSuchMethodError",
+    "SlowRequestError",
+    "UnavailableError",
+    "rich_status",
+    "status_of_error",
+]
 
 DOMAIN: Final = "carnet"
 _UNAVAILABLE_TEXT: Final = "the broker has no key set now"
@@ -51,6 +59,12 @@ class SlowRequestError(CarnetError):
     code = "SLOW_REQUEST"
 
 
+class NoSuchMethodError(CarnetError):
+    """The protocol has this method, and this server has not."""
+
+    code = "UNIMPLEMENTED"
+
+
 def status_of_error(error: BaseException) -> grpc.Status:
     """Return what the caller is told of `error`."""
     match error:
@@ -62,6 +76,8 @@ def status_of_error(error: BaseException) -> grpc.Status:
             return rich_status(grpc.StatusCode.UNAVAILABLE, error.code, _UNAVAILABLE_TEXT, timedelta(seconds=1))
         case SlowRequestError():
             return rich_status(grpc.StatusCode.DEADLINE_EXCEEDED, error.code, "the request did not come in time")
+        case NoSuchMethodError():
+            return rich_status(grpc.StatusCode.UNIMPLEMENTED, error.code, "there is no such method")
     return rich_status(grpc.StatusCode.INTERNAL, "INTERNAL", _INTERNAL_TEXT)
 
 
