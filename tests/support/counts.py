@@ -15,7 +15,7 @@ ALL: Final = -1
 
 _FORMS: Final = ("quick", "full")
 
-# name: (quick, full)
+# The quick count of each, and the full one.
 TABLE: Final[dict[str, tuple[int, int]]] = {
     # rotation
     "rotations_under_load": (20, 200),
