@@ -27,9 +27,8 @@ from carnet.v1 import token_pb2, token_pb2_grpc
 from carnet_broker.core.workload import IdentityReason
 from certificate_recipe import Presented, leaf, p256_key
 from support.client_hello import answer_to_client_hello, client_hello
-from support.http2 import PREFACE, ConnectionEndedError, connect
+from support.http2 import PREFACE, ConnectionEndedError, connect, grpc_status_of_call, tls_connection
 from support.mtls_server import Target, openssl_context, outcome
-from support.raw_grpc import grpc_status_of_call, tls_connection
 from support.running_broker import BROKER, BROKER_NAME, ORDERS, POLICY, RunningBroker, reason_of, start_broker
 from support.vault import VaultPlace, prepare
 from wrong_certificates import WRONG_CERTIFICATES, Expected, WrongCertificate

@@ -23,8 +23,8 @@ from carnet.testing import CertificateAuthority, IssuedCertificate
 from carnet.v1 import token_pb2
 from carnet_broker.core.workload import IdentityReason, TrustBundle
 from certificate_recipe import Presented, leaf
+from support.http2 import grpc_status_of_call, tls_connection
 from support.mtls_server import MtlsServer, Target, grpc_channel, mtls_server, openssl_context, outcome
-from support.raw_grpc import grpc_status_of_call, tls_connection
 from support.running_broker import BROKER_NAME, ORDERS, RunningBroker, start_broker
 from support.vault import prepare
 from wrong_certificates import WRONG_CERTIFICATES, Client, Expected, WrongCertificate

@@ -16,14 +16,12 @@ import grpc
 from carnet.v1 import token_pb2, token_pb2_grpc
 from certificate_recipe import Presented
 from support.http2 import (
-    END_HEADERS,
-    END_STREAM,
     Answer,
     Connection,
     ConnectionEndedError,
-    FrameType,
     connect,
-    frame,
+    data_frames,
+    header_frames,
     request_headers,
     settings,
 )
@@ -38,8 +36,6 @@ __all__ = [
     "Others",
     "call_with",
     "connected",
-    "header_frames",
-    "in_frames",
     "memory",
     "others_go_on",
     "outcome",
@@ -51,7 +47,6 @@ HONEST: Final = "spiffe://prod.example/ns/shop/sa/honest"
 TWO_CALLERS: Final = POLICY + f"  - {{ workload: {HONEST}, audience: payments, scopes: [charge] }}\n"
 ISSUE_TOKEN: Final = "/carnet.v1.TokenService/IssueToken"
 REQUEST: Final = token_pb2.IssueTokenRequest(audience="payments").SerializeToString()
-_FRAME: Final = 16_384
 
 
 @contextmanager
@@ -127,36 +122,14 @@ def others_go_on(broker: RunningBroker, *, growth: int = 50 << 20) -> Iterator[O
     assert max(seen.memory) - before < growth
 
 
-def header_frames(block: bytes, stream: int) -> list[bytes]:
-    """Return HEADERS and as many CONTINUATION as `block` needs. Nothing may come between them."""
-    parts = in_frames(block)
-    return [
-        frame(
-            FrameType.CONTINUATION if number else FrameType.HEADERS,
-            part,
-            flags=END_HEADERS if number == len(parts) - 1 else 0,
-            stream=stream,
-        )
-        for number, part in enumerate(parts)
-    ]
-
-
-def in_frames(content: bytes) -> list[bytes]:
-    """Return `content` in parts that fit into frames; one empty part where there is none."""
-    return [content[at : at + _FRAME] for at in range(0, len(content), _FRAME)] or [b""]
-
-
 def call_with(broker: RunningBroker, body: bytes, *, headers: bytes | None = None, timeout: float = 8) -> Answer | None:
     """Make a call of these headers and this body on a new connection; None where the server ends the connection."""
     block = request_headers(ISSUE_TOKEN) if headers is None else headers
-    parts = in_frames(body)
     with connected(broker) as connection:
         stream = connection.next_stream()
         try:
             connection.send(*header_frames(block, stream))
-            for number, part in enumerate(parts):
-                last = number == len(parts) - 1
-                connection.send(frame(FrameType.DATA, part, flags=END_STREAM if last else 0, stream=stream))
+            connection.send(*data_frames(body, stream))
             return connection.answer(stream, timeout=timeout)
         except ConnectionEndedError:
             return None

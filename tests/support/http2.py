@@ -33,19 +33,25 @@ __all__ = [
     "ConnectionEndedError",
     "FrameType",
     "connect",
+    "data_frames",
     "frame",
     "grpc_message",
+    "grpc_status_of_call",
     "header_block",
+    "header_frames",
     "hpack_integer",
     "literal",
     "request_headers",
     "settings",
+    "tls_connection",
 ]
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 END_STREAM, ACK, END_HEADERS, PADDED = 0x1, 0x1, 0x4, 0x8
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 _READ_BYTES: Final = 65_536
+_FRAME: Final = 16_384
+"""Bytes of a frame that every receiver takes (RFC 9113 section 4.2)."""
 _TIMEOUT: Final = 10.0
 
 
@@ -106,6 +112,35 @@ def request_headers(method: str | bytes, *more: tuple[bytes, bytes]) -> bytes:
     return header_block(sorted(fields, key=lambda one: not one[0].startswith(b":")))
 
 
+def header_frames(block: bytes, stream: int) -> list[bytes]:
+    """Return HEADERS and as many CONTINUATION as `block` needs. Nothing may be sent between them."""
+    parts = _parts(block)
+    last = len(parts) - 1
+    return [
+        frame(
+            FrameType.CONTINUATION if number else FrameType.HEADERS,
+            part,
+            flags=END_HEADERS if number == last else 0,
+            stream=stream,
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def data_frames(content: bytes, stream: int) -> list[bytes]:
+    """Return as many DATA as `content` needs, the last of which ends the stream."""
+    parts = _parts(content)
+    last = len(parts) - 1
+    return [
+        frame(FrameType.DATA, part, flags=END_STREAM if number == last else 0, stream=stream)
+        for number, part in enumerate(parts)
+    ]
+
+
+def _parts(content: bytes) -> list[bytes]:
+    return [content[at : at + _FRAME] for at in range(0, len(content), _FRAME)] or [b""]
+
+
 def _string(content: bytes) -> bytes:
     return hpack_integer(len(content), 7) + content
 
@@ -123,7 +158,7 @@ def hpack_integer(value: int, prefix_bits: int, *, first: int = 0) -> bytes:
     return encoded + bytes([value])
 
 
-class ConnectionEndedError(Exception):
+class ConnectionEndedError(ConnectionError):
     """The server ended the connection; `code` and `text` are those of its GOAWAY, None and empty without one."""
 
     def __init__(self, code: int | None, text: bytes) -> None:
@@ -201,7 +236,7 @@ class Connection:
             if self.ended:
                 raise self._end()
             try:
-                view = view[self.tls.send(view[: 4 * 16_384]) :]
+                view = view[self.tls.send(view[: 4 * _FRAME]) :]
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 self._wait(deadline, writing=True)
             except OSError as error:
@@ -223,10 +258,7 @@ class Connection:
     ) -> Answer:
         """Make a unary call with a serialised message and more headers."""
         stream = self.next_stream()
-        self.send(
-            frame(FrameType.HEADERS, request_headers(method, *more), flags=END_HEADERS, stream=stream),
-            frame(FrameType.DATA, grpc_message(message), flags=END_STREAM, stream=stream),
-        )
+        self.send(*header_frames(request_headers(method, *more), stream), *data_frames(grpc_message(message), stream))
         return self.answer(stream, timeout=timeout)
 
     def wait_until_ended(self, *, timeout: float = _TIMEOUT) -> None:
@@ -307,21 +339,39 @@ class Connection:
 
 
 @contextmanager
-def connect(
-    address: str,
-    context: ssl.SSLContext,
-    *,
-    server_name: str,
-    own_settings: bytes = settings({}),
-    timeout: float = _TIMEOUT,
-) -> Iterator[Connection]:
-    """Open a connection and say hello. Raises `ssl.SSLError` or `OSError` where the handshake fails."""
+def tls_connection(
+    address: str, context: ssl.SSLContext, *, server_name: str, session: ssl.SSLSession | None = None
+) -> Iterator[ssl.SSLSocket]:
+    """Open a TLS connection with ``h2``. Raises `ssl.SSLError` or `OSError` where the handshake fails."""
     host, _, port = address.rpartition(":")
     context.set_alpn_protocols(["h2"])
     with (
-        socket.create_connection((host, int(port)), timeout=timeout) as plain,
-        context.wrap_socket(plain, server_hostname=server_name) as secured,
+        socket.create_connection((host, int(port)), timeout=_TIMEOUT) as plain,
+        context.wrap_socket(plain, server_hostname=server_name, session=session) as secured,
     ):
+        yield secured
+
+
+@contextmanager
+def connect(
+    address: str, context: ssl.SSLContext, *, server_name: str, own_settings: bytes = settings({})
+) -> Iterator[Connection]:
+    """Open a connection and say hello. Raises `ssl.SSLError` or `OSError` where the handshake fails."""
+    with tls_connection(address, context, server_name=server_name) as secured:
         connection = Connection(secured)
         connection.send(PREFACE, own_settings)
         yield connection
+
+
+def grpc_status_of_call(secured: ssl.SSLSocket, method: str, request: bytes = b"") -> int:
+    """Make one unary call on a new TLS connection, and return its gRPC status code.
+
+    Raises `ConnectionEndedError` where the server ends the connection first: with TLS 1.3 a client hears only then that
+    its certificate is refused.
+    """
+    connection = Connection(secured)
+    connection.send(PREFACE, settings({}))
+    status = connection.call(method, request).status
+    assert status is not None, "the stream was reset"
+    code: int = status.value[0]
+    return code

@@ -21,7 +21,7 @@ from carnet.testing import CertificateAuthority
 from carnet_broker.core.workload import IdentityCache, LeafRules, TrustBundle, UnauthenticatedError
 from carnet_broker.edges.grpc.listeners import TlsPems, server_credentials
 from certificate_recipe import Presented
-from support.raw_grpc import grpc_status_of_call, tls_connection
+from support.http2 import grpc_status_of_call, tls_connection
 from wrong_kind import Client, Expected
 
 __all__ = ["METHOD", "MtlsServer", "Target", "grpc_channel", "mtls_server", "openssl_context", "outcome"]
