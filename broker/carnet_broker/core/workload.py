@@ -17,8 +17,9 @@ change between two calls is remembered in `IdentityCache`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -45,6 +46,8 @@ __all__ = [
 
 _TLS_1_3: Final = "TLSv1.3"
 _MAX_CHAIN_BYTES: Final = 64 * 1024
+_REFUSED_FOR: Final = timedelta(seconds=1)
+_MAX_REFUSED: Final = 512
 _PURPOSES: Final = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
 
 
@@ -95,16 +98,18 @@ def authenticate(
 
 
 class IdentityCache:
-    """Remembers what was verified, until a window ends or the bundle changes.
+    """Remembers what was verified, until a window ends or the bundle changes, and what was refused, for a second.
 
-    Holds at most twice `capacity` chains. A call that is remembered costs about 2 us. Safe for use by several threads:
-    each step is one operation on a dict, and two that race verify twice. Refusals are not remembered.
+    Holds at most twice `capacity` workloads and 512 refusals, none of the certificates that were sent. A call that is
+    remembered costs a few microseconds, also one that is refused: who has a certificate that is not good can ask as
+    often as the network goes. Safe for use by several threads: each step is one operation on a dict, and two that race
+    verify twice.
     """
 
     def __init__(self, rules: LeafRules, *, capacity: int = 4096) -> None:
         self._rules = rules
         self._capacity = capacity
-        self._remembered = _Remembered("", {}, {})
+        self._remembered = _Remembered("")
 
     def authenticate(
         self, chain_pem: Sequence[bytes] | bytes, *, tls_version: str | None, bundle: TrustBundle, now: datetime
@@ -112,28 +117,54 @@ class IdentityCache:
         """Return what `authenticate` returns, or raise what it raises."""
         _check_tls_version(tls_version)
         chain = _as_tuple(chain_pem)
+        key = hashlib.sha256(b"\n".join(chain)).digest()
         remembered = self._remembered
         if remembered.version != bundle.version:
-            remembered = self._remembered = _Remembered(bundle.version, {}, {})
-        verified = remembered.recent.get(chain)
+            remembered = self._remembered = _Remembered(bundle.version)
+        verified = remembered.recent.get(key)
         if verified is None or not verified.not_before <= now < verified.until:
-            verified = remembered.earlier.get(chain)
+            verified = remembered.earlier.get(key)
             if verified is None or not verified.not_before <= now < verified.until:
-                verified = _verify(chain, bundle, now, self._rules)
+                verified = self._verify_anew(chain, key, bundle, now, remembered)
             if len(remembered.recent) >= self._capacity:
                 # Those that are in use come back from the earlier ones; the others are forgotten at the next turn.
-                remembered = self._remembered = _Remembered(bundle.version, {}, remembered.recent)
-            remembered.recent[chain] = verified
+                remembered = self._remembered = _Remembered(bundle.version, {}, remembered.recent, remembered.refused)
+            remembered.recent[key] = verified
         return verified.workload
+
+    def _verify_anew(
+        self, chain: tuple[bytes, ...], key: bytes, bundle: TrustBundle, now: datetime, remembered: _Remembered
+    ) -> _Verified:
+        """Return what `_verify` returns, or raise what it raises; the same refusal once a second for each chain."""
+        refused = remembered.refused.get(key)
+        if refused is not None and refused.at <= now < refused.at + _REFUSED_FOR:
+            raise UnauthenticatedError(refused.reason, refused.detail)
+        try:
+            return _verify(chain, bundle, now, self._rules)
+        except UnauthenticatedError as error:
+            if len(remembered.refused) >= _MAX_REFUSED:
+                remembered.refused.clear()
+            remembered.refused[key] = _Refused(error.reason, error.detail, now)
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """Why a chain was refused, and when."""
+
+    reason: IdentityReason
+    detail: str
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class _Remembered:
-    """What was verified with one version of the bundle, by the chain that was sent."""
+    """What was decided with one version of the bundle, by the digest of the chain that was sent."""
 
     version: str
-    recent: dict[tuple[bytes, ...], _Verified]
-    earlier: dict[tuple[bytes, ...], _Verified]
+    recent: dict[bytes, _Verified] = field(default_factory=dict)
+    earlier: dict[bytes, _Verified] = field(default_factory=dict)
+    refused: dict[bytes, _Refused] = field(default_factory=dict)
 
 
 def _as_tuple(chain_pem: Sequence[bytes] | bytes) -> tuple[bytes, ...]:

@@ -315,6 +315,34 @@ def test_a_full_cache_keeps_those_in_use_and_forgets_the_others(ca: CertificateA
     assert len(cache._remembered.recent) + len(cache._remembered.earlier) <= 4
 
 
+def test_a_refusal_is_remembered_for_a_second_and_no_longer(ca: CertificateAuthority, bundle: TrustBundle):
+    """So that it costs little, and that a certificate that becomes valid is not kept waiting."""
+    cache, chain = IdentityCache(LeafRules()), leaf(ca, NOW, not_before=NOW).chain_pem
+    looked_at = []
+    for now in (NOW - SECOND, NOW - SECOND / 2, NOW - 2 * SECOND):
+        with pytest.raises(UnauthenticatedError) as caught:
+            ask(cache, chain, bundle, now)
+        assert IdentityReason.NOT_YET_VALID is caught.value.reason
+        looked_at += [refused.at for refused in cache._remembered.refused.values()]
+    assert [NOW - SECOND, NOW - SECOND, NOW - 2 * SECOND] == looked_at
+    ask(cache, chain, bundle, NOW)
+
+
+def test_what_is_remembered_of_refusals_is_bounded_and_holds_no_certificates(
+    ca: CertificateAuthority, bundle: TrustBundle
+):
+    """A peer can send its chain in as many forms as it likes."""
+    cache = IdentityCache(LeafRules(), capacity=2)
+    for number in range(600):
+        with pytest.raises(UnauthenticatedError):
+            ask(cache, b"no certificate %d" % number, bundle)
+    assert 0 < len(cache._remembered.refused) <= 512
+    for _ in range(3):
+        ask(cache, leaf(ca, NOW).chain_pem, bundle)
+    remembered = cache._remembered
+    assert {32} == {len(key) for kept in (remembered.recent, remembered.refused) for key in kept}
+
+
 def test_the_expected_name_is_the_one_that_the_table_uses(ca: CertificateAuthority, bundle: TrustBundle):
     """So that an accepted twin is accepted for its own name, and not for another's."""
     certificate = x509.load_pem_x509_certificate(leaf(ca, NOW).chain_pem)
