@@ -153,7 +153,9 @@ class Broker:
         await self._first_round()
         config = self._config
         limits = ListenerLimits(
-            handshake_timeout=config.limits.handshake_timeout, connection_age=config.limits.connection_age
+            max_connections=config.limits.connections,
+            handshake_timeout=config.limits.handshake_timeout,
+            connection_age=config.limits.connection_age,
         )
         tokens, trust = new_server(limits), new_server(limits)
         on_tokens, on_trust = (

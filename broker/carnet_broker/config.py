@@ -160,6 +160,8 @@ class LimitsConfig(Section):
     key_sets_per_second: Annotated[int, pydantic.Field(gt=0)] = 50
     calls_in_flight: Annotated[int, pydantic.Field(gt=0)] = 256
     """Calls of one workload, on one listener, that are not over."""
+    connections: Annotated[int, pydantic.Field(gt=0)] = 10_000
+    """Connections to one listener, about 80 KB each."""
     read_within: Duration = timedelta(seconds=5)
     """How long a caller may take to send its request."""
     handshake_timeout: Duration = timedelta(seconds=5)
