@@ -23,6 +23,7 @@ from support.running_broker import BROKER_NAME, ISSUER, PAYMENTS, RunningBroker
 
 __all__ = ["Load", "Tally", "counting_verifier"]
 
+
 @dataclass
 class Tally:
     """What happened. A good token is one that its issuer's clock says is valid."""
