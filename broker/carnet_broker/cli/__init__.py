@@ -1,6 +1,7 @@
 """``carnet-broker``: the command line of the broker.
 
-Commands import what they need when they run, so that ``--help`` and shell completion answer at once.
+A command is imported when it is asked for, so ``--help`` and shell completion answer at once, and also where the
+broker's packages are not installed: the SDK alone brings this command too.
 """
 
 from __future__ import annotations
@@ -11,20 +12,29 @@ from importlib import import_module
 from typing import Any, Final, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from carnet_broker.cli.output import BAD_INPUT, complain
 
 __all__ = ["main", "run"]
 
 _INTERRUPTED: Final = 130
+_OURS: Final = ("carnet", "carnet_broker")
 
 _COMMANDS: Final = {
-    "serve": "carnet_broker.cli.serve:serve",
-    "check-config": "carnet_broker.cli.serve:check_config",
-    "keys": "carnet_broker.cli.keys:keys",
-    "policy": "carnet_broker.cli.policy:policy",
-    "demo": "carnet_broker.cli.demo:demo",
+    "serve": ("carnet_broker.cli.serve:serve", "Run the broker until SIGTERM or SIGINT."),
+    "check-config": (
+        "carnet_broker.cli.serve:check_config",
+        "Check the configuration and every file that it names, without serving and without asking Vault.",
+    ),
+    "keys": ("carnet_broker.cli.keys:keys", "Rotate and revoke the signing keys, and see how they stand."),
+    "policy": ("carnet_broker.cli.policy:policy", "Check a policy, run its tests, and explain what it decides."),
+    "demo": (
+        "carnet_broker.cli.demo:demo",
+        "Start OpenBao, a broker and two services on this machine, and show what works and what is refused.",
+    ),
 }
+"""Where each command is, and the first sentence of its help."""
 
 
 class _Lazy(click.Group):
@@ -40,10 +50,23 @@ class _Lazy(click.Group):
         del ctx
         if cmd_name not in _COMMANDS:
             return None
-        module, _, name = _COMMANDS[cmd_name].partition(":")
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: Any = getattr(import_module(module), name)
         assert isinstance(command, click.Command)  # noqa: S101 - the table above names commands
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the name of a command without importing them all."""
+        named = [
+            CompletionItem(name, help=text) for name, (_, text) in _COMMANDS.items() if name.startswith(incomplete)
+        ]
+        return named + click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.command(
@@ -69,6 +92,11 @@ def run(arguments: Sequence[str]) -> int:
     except click.Abort:
         complain("interrupted")
         return _INTERRUPTED
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _OURS:
+            raise
+        complain("this command needs the broker's packages: pip install 'carnet[broker]'")
+        return BAD_INPUT
     return result if isinstance(result, int) else 0
 
 
