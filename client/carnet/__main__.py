@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import NoReturn
 
@@ -14,6 +15,8 @@ __all__ = ["main"]
 def main() -> NoReturn:
     """Run the command line of this process."""
     # What goes on in the background is for services; a command says what matters in its one line.
+    # gRPC's C++ part writes lines of its own for a failed handshake. It reads this at its import, which comes later.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.getLogger("carnet").addHandler(logging.NullHandler())
     sys.exit(run(sys.argv[1:]))
 

@@ -168,3 +168,14 @@ def test_keys_that_cannot_be_had_are_not_a_no(run: Run, broker: BrokerStub) -> N
     done = run("verify", "--audience", "payments", "--no-binding", "--timeout", "1s", "-", given=token)
     assert (3, "", 1) == (done.returncode, done.stdout, done.stderr.count("\n"))
     assert "CARNET_TRUST" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["token", "verify"])
+def test_failed_handshake_is_one_line(run: Run, command: str, tmp_path: Path) -> None:
+    """A broker of other authorities: what gRPC would write about it beside our line is kept back."""
+    token = run("token", "payments").stdout
+    (tmp_path / "other.pem").write_bytes(CertificateAuthority.create().root_pem)
+    asked = ["payments"] if command == "token" else ["--audience", "payments", "--no-binding", "-"]
+    done = run(command, *asked, "--timeout", "3s", given=token, CARNET_CA_FILE=str(tmp_path / "other.pem"))
+    assert (3, "", 1) == (done.returncode, done.stdout, done.stderr.count("\n"))
+    assert "CARNET_CA_FILE" in done.stderr
