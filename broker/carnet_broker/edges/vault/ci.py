@@ -80,6 +80,7 @@ class RotationClient:
         except VaultForbiddenError as error:
             msg = (
                 f"the role behind VAULT_ROLE_ID may not {what} in {settings.environment}: use the role"
-                f" carnet-{role}-{settings.environment}"
+                f" carnet-{role}-{settings.environment}; if it is that one, check the environment"
+                f" ({settings.environment}) and the KV mount ({settings.kv_mount})"
             )
             raise ConfigError(msg) from error
