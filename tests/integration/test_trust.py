@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from carnet.claims import Claims
 from carnet.encoding import base64url
 from carnet.errors import (
+    CarnetError,
     ConfigError,
     InvalidIdentityError,
     InvalidTokenError,
@@ -284,6 +285,7 @@ def test_a_flood_of_unknown_keys_costs_one_fetch_per_cooldown_and_harms_no_good_
     cooldown = timedelta(seconds=2)
     flood_over = threading.Event()
     latencies: list[float] = []
+    failures: list[Exception] = []
     outcomes = {InvalidTokenError: 0, KeySetUnavailableError: 0}
     with Verifier(**scene.settings, cooldown=cooldown) as verifier:
         claims = verifier.verify(good, peer_certificate=scene.orders.certificate)
@@ -291,7 +293,10 @@ def test_a_flood_of_unknown_keys_costs_one_fetch_per_cooldown_and_harms_no_good_
         def verify_good() -> None:
             while not flood_over.is_set():
                 before = time.monotonic()
-                assert claims == verifier.verify(good, peer_certificate=scene.orders.certificate)
+                try:
+                    assert claims == verifier.verify(good, peer_certificate=scene.orders.certificate)
+                except (AssertionError, CarnetError) as error:
+                    failures.append(error)
                 latencies.append(time.monotonic() - before)
                 time.sleep(0.005)
 
@@ -323,7 +328,8 @@ def test_a_flood_of_unknown_keys_costs_one_fetch_per_cooldown_and_harms_no_good_
     assert tokens == sum(outcomes.values())
     assert 1 <= len(asked) <= elapsed / cooldown.total_seconds() + 1
     assert len(asked) == outcomes[InvalidTokenError]
-    assert len(latencies) > 100
+    assert [] == failures
+    assert len(latencies) > 10  # How many there are is the speed of the machine, and nothing else.
     assert p99 < 0.25
 
 
