@@ -15,6 +15,7 @@ RUN python -m venv /opt/carnet \
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY broker broker
+COPY certs/scripts certs/scripts
 RUN /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
  && /opt/carnet/bin/python -m pip install --no-deps --no-index /dist/carnet-*.whl \
  # Nothing is installed at run time.

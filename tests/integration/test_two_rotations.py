@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -78,6 +78,17 @@ class Scene:
             for version in range(after + 1, self.version() + 1)
         ]
         return [json.loads(entry["data"]["data"]["document"]) for entry in entries]
+
+    def time_between(self, request_ids: Iterable[str]) -> timedelta:
+        """Return how far apart two requests were made, by Vault's clock."""
+        root = self.place.root()
+        made = [
+            datetime.fromisoformat(
+                root.read(f"{self.place.metadata_path}/requests/{request_id}")["data"]["created_time"]
+            )
+            for request_id in request_ids
+        ]
+        return abs(made[0] - made[1])
 
     def settled(self) -> dict[str, Any]:
         """Return the keyring once the plan rests: one ACTIVE, one STANDBY, nothing half done."""
@@ -179,7 +190,10 @@ def test_k01_two_jobs_at_the_same_moment_cause_one_rotation(scene, two_machines)
     lost: set[str] = set()
     started = time.monotonic()
     pool, machines = two_machines
-    for _ in range(ROUNDS):
+    rounds = tries = 0
+    while rounds < ROUNDS:
+        tries += 1
+        assert tries <= 2 * ROUNDS, "this machine is too slow to make two requests at the same moment"
         before, known = scene.settled(), len(scene.steps())
         # A request that is made sooner after a rotation than the skew joins that one.
         time.sleep(max(0.0, (activated_at(before) - datetime.now(UTC)).total_seconds() + SKEW + 0.1))
@@ -191,6 +205,9 @@ def test_k01_two_jobs_at_the_same_moment_cause_one_rotation(scene, two_machines)
         answers = [json.loads(job.out) for job in ended]
         assert ["done", "done"] == [answer["status"] for answer in answers]
         after = scene.settled()
+        if scene.time_between(answer["request"] for answer in answers) > timedelta(seconds=SKEW):
+            continue  # Two moments: then a second rotation is what was asked for.
+        rounds += 1
         steps = [step for _, step, _ in scene.steps()[known:]]
         assert [1, 1, 1] == [steps.count(step) for step in ("ActivateKey", "CreateKey", "PublishKey")], answers
         (active,) = in_state(after, "ACTIVE")

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,20 @@ def test_only_the_broker_and_the_set_up_reach_the_vault() -> None:
     """Workloads are not on OpenBao's network."""
     reach = {name for name in SERVICES if "vault" in service(name).get("networks", [])}
     assert {"openbao", "bootstrap", "broker", "rotate"} == reach
+
+
+def test_the_image_is_built_from_all_that_the_wheel_takes() -> None:
+    """What `pyproject.toml` puts into the wheel is copied into the build stage before the wheel is made there."""
+    build_stage = (ROOT / "Dockerfile").read_text().split("\nFROM ")[1].partition("pip wheel")[0]
+    copied = [line.split()[1:-1] for line in build_stage.splitlines() if line.startswith("COPY ")]
+    sources = [source for sources in copied for source in sources]
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    missing = [
+        path
+        for path in [*wheel["packages"], *wheel["force-include"], "pyproject.toml", "README.md", "LICENSE"]
+        if not any(path == source or path.startswith(f"{source}/") for source in sources)
+    ]
+    assert [] == missing
 
 
 def test_mounted_files_exist() -> None:

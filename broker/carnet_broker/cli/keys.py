@@ -151,7 +151,7 @@ def _check_files(settings: VaultSettings) -> None:
 
 @click.group(no_args_is_help=False)
 def keys() -> None:
-    """Rotate the signing keys, and see how they stand.
+    """Rotate and revoke the signing keys, and see how they stand.
 
     Speaks to Vault by AppRole (VAULT_ADDR, VAULT_ROLE_ID, VAULT_SECRET_ID_FILE) and to no broker: the brokers find the
     request in Vault, and answer there.
@@ -200,7 +200,46 @@ def rotate(
                 text = f"not needed: the signing key is {_about(age)} old"
                 show({"status": "not-needed", "age_seconds": int(age.total_seconds())}, (text,), as_json=as_json)
                 return
-        request_id = client.submit(RequestKind.ROTATE_NOW if now else RequestKind.ROTATE)
+    except KeyStoreUnavailableError as error:
+        raise _no_answer(error) from None
+    kind = RequestKind.ROTATE_NOW if now else RequestKind.ROTATE
+    _ask(client, kind, wait=wait, timeout=timeout, answer_within=answer_within, as_json=as_json)
+
+
+@keys.command()
+@click.argument("kid")
+@click.option(
+    "--timeout", type=_Duration(), default="1m", show_default=True, help="How long to wait for a broker to do it."
+)
+@_vault_options
+@json_option
+@cli_errors
+def revoke(*, kid: str, timeout: timedelta, as_json: bool, **vault: Any) -> None:  # noqa: ANN401 - as above
+    """Stop trusting the key KID at once. Needs the carnet-breakglass role; `keys status` lists the keys.
+
+    If KID is the key that signs, the standby takes over in the same step. Tokens signed with KID are refused by each
+    verifier as soon as it fetches the key set again: within the max-age that brokers serve (keys.max_age).
+
+    Exit code: 0 revoked, 2 bad input or a role that may not, 3 refused by the brokers (no such key), 4 no answer in
+    time: the request stands.
+    """
+    client = _client(**vault)
+    _ask(client, RequestKind.REVOKE, kid, wait=True, timeout=timeout, answer_within=timeout, as_json=as_json)
+
+
+def _ask(
+    client: RotationClient,
+    kind: RequestKind,
+    kid: str | None = None,
+    *,
+    wait: bool,
+    timeout: timedelta,
+    answer_within: timedelta,
+    as_json: bool,
+) -> None:
+    """Submit a request, follow it, and print the answer. Exits with REFUSED or NO_ANSWER where it is not a good one."""
+    try:
+        request_id = client.submit(kind, kid)
         result = _follow(client, request_id, wait=wait, timeout=timeout, answer_within=answer_within)
     except KeyStoreUnavailableError as error:
         raise _no_answer(error) from None
