@@ -86,7 +86,7 @@ class _Fetches:
         # Jitter spreads verifiers; nobody gains by guessing it.
         now, jitter, before = read_clocks(), random.random(), self._cache.generation  # noqa: S311
         if isinstance(answer, Exception):
-            self._cache.fail(now, jitter=jitter)
+            self._cache.fail(now, jitter=jitter, why=str(answer) or type(answer).__name__)
             _log.warning("the key set could not be fetched: %s", answer)
             return
         try:

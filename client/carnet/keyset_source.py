@@ -35,6 +35,9 @@ __all__ = [
     "read_clocks",
 ]
 
+_SHOWN: Final = 300
+"""Characters of what a server says."""
+
 _SHORTEST_SHARE: Final = 0.5
 """Seconds that one server gets at least, if so much is left: a connection over mutual TLS takes part of it."""
 
@@ -196,10 +199,8 @@ class _Round:
         """Return the answer. Raises `KeySetUnavailableError`, which says what each server did."""
         if self._result is not None:
             return self._result
-        ended_at = self._servers.identity.not_after
-        # gRPC says "Socket closed" when a server refuses the certificate: the likeliest reason is known here.
-        hint = f"; the own certificate ended at {ended_at:%Y-%m-%dT%H:%M:%SZ}" if ended_at < datetime.now(UTC) else ""
-        msg = f"no trust server gave a key set ({'; '.join(self._failures)}){hint}"
+        texts = "; ".join(self._failures)
+        msg = f"no trust server gave a key set ({texts}); {_remedy(texts, self._servers)}"
         raise KeySetUnavailableError(msg) from self._cause
 
 
@@ -229,5 +230,31 @@ def _snapshot(attempt: _Attempt, asked_at: Moment, *, at_least: int) -> KeySetSn
 def _describe(error: Exception | None) -> str:
     if isinstance(error, grpc.Call | grpc.aio.AioRpcError):
         details = error.details() or ""
-        return f"{error.code().name} {details[:200]}"
+        return f"{error.code().name} {details[:_SHOWN]}"
     return "the connection is closed"
+
+
+def _remedy(texts: str, servers: TrustServers) -> str:
+    """Say what to do about it, from what the servers did and what this side knows."""
+    ended_at = servers.identity.not_after
+    # gRPC says "Socket closed" when a server refuses the certificate: the likeliest reason is known here.
+    if ended_at < datetime.now(UTC):
+        return f"the own certificate ended at {ended_at:%Y-%m-%dT%H:%M:%SZ}, check CARNET_CERT_FILE"
+    for sign, remedy in (
+        ("UNIMPLEMENTED", "this is no trust listener (that for tokens has a port of its own), check CARNET_TRUST"),
+        (
+            "CERTIFICATE_VERIFY_FAILED",
+            "the certificate there has ended or is not from your authorities, check CARNET_CA_FILE",
+        ),
+        (
+            "Hostname Verification",
+            f"the certificate there is not for {servers.server_name}, check CARNET_TRUST and CARNET_BROKER_NAME",
+        ),
+        (
+            "Socket closed",
+            "the broker may not trust your certificate, check CARNET_CERT_FILE and the broker's CA file",
+        ),
+    ):
+        if sign in texts:
+            return remedy
+    return "check CARNET_TRUST, and that a broker runs there and is ready"

@@ -163,6 +163,7 @@ class KeySetCache:
         self._kid_asked_at: Moment | None = None
         self._absent: dict[str, None] = {}  # Insertion order: the oldest goes first.
         self._failures = 0
+        self._why = ""  # What the last fetch failed of; empty after a good one.
         self._waits_from: Moment | None = None
         self._wait = _NOTHING
 
@@ -227,12 +228,12 @@ class KeySetCache:
         """
         try:
             self._check(snapshot)
-        except InvalidKeySetError:
-            self.fail(now, jitter=jitter)
+        except InvalidKeySetError as error:
+            self.fail(now, jitter=jitter, why=str(error))
             raise
         if snapshot.generation > self.generation:
             self._absent.clear()
-        self._snapshot = snapshot
+        self._snapshot, self._why = snapshot, ""
         left = self._rules.max_staleness - snapshot.staleness(now)
         if left < _NOTHING:  # Too old on arrival: it is no use to ask for the like of it at once.
             self._back_off(now, jitter)
@@ -246,20 +247,22 @@ class KeySetCache:
                 del self._absent[next(iter(self._absent))]
         self._fetching = False
 
-    def fail(self, now: Moment, *, jitter: float) -> None:
-        """Say that the fetch failed. The set at hand stays (rule 4)."""
+    def fail(self, now: Moment, *, jitter: float, why: str = "") -> None:
+        """Say that the fetch failed, and of what: for `explain`. The set at hand stays (rule 4)."""
         self._back_off(now, jitter)
+        self._why = why
         self._fetching = False
 
     def explain(self, now: Moment) -> str:
         """Return why nothing can be told: for the message of an error."""
         snapshot = self._snapshot
+        why = self._why or "no answer came so far, check where the keys are asked for (CARNET_TRUST)"
         if snapshot is None:
-            return f"no key set of {self._issuer} could be had yet"
+            return f"no key set of {self._issuer} could be had yet: {why}"
         if self.usable(now) is None:
             return (
                 f"the key set of {self._issuer} is {snapshot.staleness(now).total_seconds():.0f} s old, over the limit"
-                f" of {self._rules.max_staleness.total_seconds():.0f} s, and no newer one could be had"
+                f" of {self._rules.max_staleness.total_seconds():.0f} s, and no newer one could be had: {why}"
             )
         return (
             f"the key is not in the key set of {self._issuer} (generation {snapshot.generation}), and unknown keys are"
@@ -268,7 +271,10 @@ class KeySetCache:
 
     def _check(self, snapshot: KeySetSnapshot) -> None:
         if snapshot.issuer != self._issuer:
-            msg = f"the key set is of issuer {snapshot.issuer[:200]!r}, and this verifier trusts {self._issuer!r}"
+            msg = (
+                f"the key set is of issuer {snapshot.issuer[:200]!r}, and this verifier trusts {self._issuer!r}:"
+                " check CARNET_ISSUER"
+            )
             raise InvalidKeySetError(msg)
         if snapshot.generation < self.generation:
             msg = f"the key set is of generation {snapshot.generation}, and {self.generation} is loaded"

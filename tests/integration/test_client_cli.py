@@ -8,14 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 
+from carnet.spiffe import SpiffeID, server_dns_name
 from carnet.testing.ca import CertificateAuthority
 from support.broker_stub import BrokerStub
 
+BROKER = "spiffe://prod.example/ns/carnet/sa/broker"
 ORDERS = "spiffe://prod.example/ns/shop/sa/orders"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -63,6 +68,22 @@ def _run(workload: dict[str, str]) -> Run:
         )
 
     return run
+
+
+@contextmanager
+def server_without_services(ca: CertificateAuthority) -> Iterator[str]:
+    """Run a gRPC server that has the broker's certificate and answers nothing; yield where it is."""
+    issued = ca.issue(BROKER, dns_names=[server_dns_name(SpiffeID.parse(BROKER))])
+    credentials = grpc.ssl_server_credentials(
+        [(issued.private_key_pem, issued.certificate_pem)], ca.root_pem, require_client_auth=True
+    )
+    server = grpc.server(ThreadPoolExecutor(max_workers=1))
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
 
 
 def test_token_is_printed_alone(run: Run, broker: BrokerStub) -> None:
@@ -179,3 +200,23 @@ def test_failed_handshake_is_one_line(run: Run, command: str, tmp_path: Path) ->
     done = run(command, *asked, "--timeout", "3s", given=token, CARNET_CA_FILE=str(tmp_path / "other.pem"))
     assert (3, "", 1) == (done.returncode, done.stdout, done.stderr.count("\n"))
     assert "CARNET_CA_FILE" in done.stderr
+
+
+def test_verify_says_that_the_issuer_is_another_one(run: Run) -> None:
+    """The keys came, and are those of somebody else: the line names both issuers and the variable."""
+    token = run("token", "payments").stdout
+    asked = ("verify", "--audience", "payments", "--no-binding", "--timeout", "2s", "-")
+    done = run(*asked, given=token, CARNET_ISSUER="https://other.example")
+    assert (3, "", 1) == (done.returncode, done.stdout, done.stderr.count("\n"))
+    assert "this verifier trusts 'https://other.example': check CARNET_ISSUER" in done.stderr
+
+
+def test_verify_says_that_the_server_is_no_trust_listener(run: Run, ca: CertificateAuthority) -> None:
+    """A server that does not know the question, as the port for tokens does not."""
+    token = run("token", "payments").stdout
+    asked = ("verify", "--audience", "payments", "--no-binding", "--timeout", "2s", "-")
+    with server_without_services(ca) as target:
+        done = run(*asked, given=token, CARNET_TRUST=target)
+    assert (3, "", 1) == (done.returncode, done.stdout, done.stderr.count("\n"))
+    assert f"{target}: UNIMPLEMENTED" in done.stderr
+    assert "this is no trust listener" in done.stderr

@@ -75,17 +75,13 @@ def verify(
 def _verified(
     token: str, audience: str | None, thumbprint: str | None, timeout: timedelta, *, no_binding: bool
 ) -> Claims:
-    from carnet.errors import InvalidTokenError, InvalidTokenReason, KeySetUnavailableError  # noqa: PLC0415 - see carnet.cli
+    from carnet.errors import InvalidTokenError, InvalidTokenReason  # noqa: PLC0415 - see carnet.cli
     from carnet.trust import Verifier  # noqa: PLC0415
     from carnet.verify import parse_unverified  # noqa: PLC0415
 
     parse_unverified(token)  # What is no token needs no keys to be refused.
     with Verifier(audience=audience, binding="none") as verifier:
-        try:
-            verifier.wait_ready(timeout)
-        except KeySetUnavailableError as error:
-            msg = f"{error}: check CARNET_TRUST and CARNET_CA_FILE, and that a broker runs there"
-            raise KeySetUnavailableError(msg) from error
+        verifier.wait_ready(timeout)
         claims = verifier.verify(token)
     # The verifier checks against a certificate; on a command line it may be known by its thumbprint only.
     if claims.confirmation is None and not no_binding:

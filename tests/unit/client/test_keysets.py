@@ -318,10 +318,33 @@ def test_what_is_remembered_as_absent_is_bounded():
 def test_the_reason_why_nothing_can_be_told_is_said():
     """Each of the three states has its own text for the error."""
     cache = KeySetCache(RULES, issuer=ISSUER)
-    assert f"no key set of {ISSUER} could be had yet" == cache.explain(at(0))
+    assert f"no key set of {ISSUER} could be had yet: no answer came so far" in cache.explain(at(0))
+    assert "CARNET_TRUST" in cache.explain(at(0))
     refresh(cache, snapshot(), 0)
     assert "generation 1" in cache.explain(at(0))
     assert "301 s old, over the limit of 300 s" in cache.explain(at(301))
+
+
+def test_what_the_last_fetch_failed_of_is_said():
+    """Without a set, or with one that is too old, the cause is in the text; a good answer ends it."""
+    cache = KeySetCache(RULES, issuer=ISSUER)
+    cache.begin(at(0))
+    cache.fail(at(0), jitter=0, why="connection refused")
+    assert f"no key set of {ISSUER} could be had yet: connection refused" == cache.explain(at(0))
+    refresh(cache, snapshot(), 0)
+    assert "connection refused" not in cache.explain(at(301))
+    cache.begin(at(302))
+    cache.fail(at(302), jitter=0, why="no route to host")
+    assert cache.explain(at(303)).endswith("and no newer one could be had: no route to host")
+
+
+def test_a_key_set_of_another_issuer_is_named_as_the_cause():
+    """Whoever configured the wrong issuer reads both, and which variable to look at."""
+    cache = KeySetCache(RULES, issuer=ISSUER)
+    with pytest.raises(InvalidKeySetError):
+        refresh(cache, snapshot(issuer="https://other.example"), 0)
+    expected = f"the key set is of issuer 'https://other.example', and this verifier trusts '{ISSUER}'"
+    assert f"could be had yet: {expected}: check CARNET_ISSUER" in cache.explain(at(0))
 
 
 @pytest.mark.parametrize("wrong", [{"age": -1}, {"max_age": 0}, {"max_age": -5}])
