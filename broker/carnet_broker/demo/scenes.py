@@ -124,7 +124,7 @@ def _must_deny(stage: Stage, tell: Tell, audience: str, scopes: list[str], reaso
             client.get_token(audience, scopes=scopes)
         except RequestDeniedError as error:
             _require(error.reason == reason, f"the reason is {error.reason}, not {reason}")
-            tell(f"broker: {error.reason}: {error}")
+            tell(f"broker: {error}")  # Its reason is at the end.
             return
     msg = "the broker issued a token"
     raise SceneFailedError(msg)

@@ -47,7 +47,9 @@ class NoTokenError(grpc.aio.AioRpcError):
             code, reason = grpc.StatusCode.UNAUTHENTICATED, error.reason
         elif too_late:
             code = grpc.StatusCode.DEADLINE_EXCEEDED
-        details = f"no token for audience {audience}: {error}"
+        details = str(error)
+        if not details.startswith(f"no token for audience {audience}"):  # The client's own errors begin with it.
+            details = f"no token for audience {audience}: {details}"
         info = AnyMessage()
         info.Pack(ErrorInfo(reason=reason, domain="carnet"))
         status = rpc_status.to_status(Status(code=code.value[0], message=details, details=[info]))
