@@ -5,15 +5,34 @@ from __future__ import annotations
 import shutil
 import signal
 import tempfile
-import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import click
 
-from carnet_broker.cli.output import NO, cli_errors
+from carnet_broker.cli.output import NO, cli_errors, complain
+
+if TYPE_CHECKING:
+    from carnet_broker.demo.stage import Stage
 
 __all__ = ["demo"]
+
+_LOOK_EVERY: Final = 0.2
+
+
+@dataclass
+class _Signals:
+    """What SIGINT and SIGTERM do: they break off what goes on, once; while all is up and held, they end the wait."""
+
+    told: bool = False
+    holding: bool = False
+
+    def take(self, *_: object) -> None:
+        first, self.told = not self.told, True
+        if first and not self.holding:  # A second one must not break off the tidying up.
+            raise KeyboardInterrupt
 
 
 @click.command()
@@ -31,27 +50,30 @@ __all__ = ["demo"]
 def demo(*, hold: bool, directory: Path | None, key_store: str) -> None:
     """Start OpenBao, a broker and two services on this machine, and show what works and what is refused.
 
-    With --hold it writes DIR/env (shell assignments) and runs until SIGINT or SIGTERM.
+    With --hold it writes DIR/env (shell assignments) and runs until SIGINT or SIGTERM, or until
+    one of its processes ends by itself. One demo at a time may use DIR.
 
     Exit code: 0 everything happened as it must, 1 something did not, 2 it could not be started.
     """
+    from carnet_broker.demo.place import occupied
     from carnet_broker.demo.stage import Stage, StageError
 
     if hold and directory is None:
         msg = "--hold needs --dir DIR: the place for DIR/env"
         raise click.UsageError(msg)
     place = directory if directory is not None else Path(tempfile.mkdtemp(prefix="carnet-demo-"))
-    stop = threading.Event()
+    signals = _Signals()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _interrupt(stop, hold=hold))
+        signal.signal(number, signals.take)
     started = time.monotonic()
+    click.echo("Setting the stage")
     try:
-        click.echo("Setting the stage")
-        with Stage.build(place.absolute(), key_store=key_store, tell=lambda text: click.echo(f"  - {text}")) as stage:
+        with (
+            occupied(place.absolute()),
+            Stage.build(place.absolute(), key_store=key_store, tell=lambda text: click.echo(f"  - {text}")) as stage,
+        ):
             if hold:
-                stage.write_environment()
-                click.echo("ready")
-                stop.wait()
+                _hold(stage, signals)
                 return
             failed = _play(stage)
         click.echo(
@@ -68,18 +90,22 @@ def demo(*, hold: bool, directory: Path | None, key_store: str) -> None:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _interrupt(stop: threading.Event, *, hold: bool) -> None:
-    stop.set()
-    if not hold:
-        raise KeyboardInterrupt
+def _hold(stage: Stage, signals: _Signals) -> None:
+    """Say that all is up, and return when told to. A part that ends by itself ends the demo with exit code 1."""
+    stage.write_environment()
+    signals.holding = True
+    click.echo("ready")
+    while not signals.told:
+        if ended := stage.ended():
+            complain(ended)
+            raise SystemExit(NO)
+        time.sleep(_LOOK_EVERY)
 
 
-def _play(stage: object) -> bool:
+def _play(stage: Stage) -> bool:
     """Play every scene, and say whether one failed."""
     from carnet_broker.demo.scenes import SCENES, SceneFailedError
-    from carnet_broker.demo.stage import Stage
 
-    assert isinstance(stage, Stage)  # noqa: S101 - typed as object only so that the import can wait
     failed = False
     for number, scene in enumerate(SCENES, 1):
         click.echo(f"\n{number}. {scene.title}")

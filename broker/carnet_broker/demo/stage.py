@@ -23,7 +23,7 @@ from typing import Final, Self
 
 from carnet import Identity
 from carnet.errors import CarnetError
-from carnet_broker.demo.openbao import OpenBao
+from carnet_broker.demo.openbao import OpenBao, OpenBaoError
 
 __all__ = ["ISSUER", "Stage", "StageError"]
 
@@ -68,6 +68,16 @@ class StageError(CarnetError):
     code = "STAGE"
 
 
+def _running_thread() -> ThreadPoolExecutor:
+    """Return a thread that starts processes: a signal breaks off the main thread at any point, and never this one.
+
+    So no process starts without being noted. It runs already: a pool whose start of a thread is broken off forgets it.
+    """
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage-starter")
+    pool.submit(int).result()
+    return pool
+
+
 @dataclass
 class Stage:
     """The running set-up. Made by `Stage.build`."""
@@ -80,12 +90,12 @@ class Stage:
     plain: str = ""
     payments: str = ""
     broker_pid: int = 0
-    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _processes: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)
+    _starter: ThreadPoolExecutor = field(default_factory=_running_thread)
 
     @classmethod
     def build(cls, directory: Path, *, key_store: str, tell: Callable[[str], None]) -> Stage:
         """Start everything in `directory`; `tell` hears of each part. Raises `StageError` or `ConfigError`."""
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         tell("OpenBao (Vault's API), from its wheel, with TLS")
         stage = cls(directory, key_store, OpenBao.start(directory / "openbao", tls=True))
         try:
@@ -103,15 +113,27 @@ class Stage:
 
     def close(self) -> None:
         """End every process: services first, then the broker, then OpenBao."""
-        for process in reversed(self._processes):
+        self._starter.shutdown(cancel_futures=True)
+        for _, process in reversed(self._processes):
             process.send_signal(signal.SIGTERM)
-        for process in reversed(self._processes):
+        for _, process in reversed(self._processes):
             try:
                 process.wait(15)
             except subprocess.TimeoutExpired:
                 process.kill()
         self._processes.clear()
         self.vault.stop()
+
+    def ended(self) -> str | None:
+        """Return which part has ended by itself, and where its log is; None while all of them run."""
+        for name, process in self._processes:
+            if process.poll() is not None:
+                return f"{name} ended by itself (exit code {process.returncode}); its log is {self._log(name)}"
+        try:
+            _ = self.vault.pid
+        except OpenBaoError as error:
+            return str(error)
+        return None
 
     # -- what the scenes use ---------------------------------------------------------------------------------------
 
@@ -160,7 +182,10 @@ class Stage:
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start a process of the stage; what it prints goes to ``NAME.out`` and ``NAME.log``."""
-        with (self.directory / f"{name}.out").open("wb") as out, (self.directory / f"{name}.log").open("wb") as log:
+        return self._starter.submit(self._start, name, command, environment).result()
+
+    def _start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with (self.directory / f"{name}.out").open("wb") as out, self._log(name).open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", *command],
                 stdin=subprocess.DEVNULL,
@@ -169,8 +194,11 @@ class Stage:
                 env=_base_environment() | dict(environment),
                 start_new_session=True,
             )
-        self._processes.append(process)
+            self._processes.append((name, process))
         return process
+
+    def _log(self, name: str) -> Path:
+        return self.directory / f"{name}.log"
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
         """Run a module to its end and return what it printed."""
@@ -236,8 +264,12 @@ class Stage:
                 )
                 for name, workload in _WORKLOADS.items()
             ]
-            for job in jobs:
-                job.result()
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # Those that run are waited for, and no others.
+                raise
         self.policy_file.write_text(_POLICY)
         self.tokens, self.trust, self.plain, self.payments = (f"127.0.0.1:{port}" for port in _free_ports(4))
         config = self.directory / "broker.yaml"
@@ -293,7 +325,7 @@ keys: {{ store: {self.key_store}, max_age: 2s, poller_interval: 0, replica_lag: 
         deadline = time.monotonic() + _START_WITHIN
         while not condition():
             if process.poll() is not None or time.monotonic() > deadline:
-                log = self.directory / f"{name}.log"
+                log = self._log(name)
                 last = log.read_text(errors="replace").strip().splitlines()[-1:]
                 msg = f"{name} did not start: {' '.join(last)} (log: {log})"
                 raise StageError(msg)

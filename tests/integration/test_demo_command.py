@@ -1,0 +1,119 @@
+"""``carnet-broker demo --hold`` as a process: who may use its directory, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+DEMO = [sys.executable, "-m", "carnet_broker", "demo"]
+LONG = 60.0
+
+
+@contextmanager
+def demo(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a demo that holds; it is ended at the end."""
+    process = subprocess.Popen(
+        [*DEMO, "--hold", "--dir", str(directory)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=LONG)
+
+
+def wait_for_line(process: subprocess.Popen[str], start: str) -> None:
+    """Return once `process` has printed a line that begins so."""
+    assert process.stdout is not None
+    assert any(line.strip().startswith(start) for line in process.stdout)
+
+
+def processes_of(directory: Path) -> list[int]:
+    """Return the processes that have the directory in their command line or environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+        except OSError:  # It ended meanwhile, or is not ours.
+            continue
+        if os.fsencode(directory) in text and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def assert_nothing_is_left(directory: Path) -> None:
+    """The kernel may take a moment for a process whose parent is gone."""
+    end = time.monotonic() + 5
+    while (left := processes_of(directory)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [] == left
+
+
+def test_a_directory_belongs_to_one_demo_which_ends_when_a_part_of_it_dies(tmp_path: Path) -> None:
+    """A second demo in it is refused and harms nothing. Without payments the first says so in one line: exit code 1."""
+    directory = tmp_path / "demo"
+    with demo(directory) as first:
+        wait_for_line(first, "ready")
+        environment = (directory / "env").read_bytes()
+        second = subprocess.run(
+            [*DEMO, "--dir", str(directory)], capture_output=True, text=True, timeout=LONG, check=False
+        )
+        expected = f"error: another demo is using {directory}: end that one, or give another --dir\n"
+        assert (2, expected) == (second.returncode, second.stderr)
+        assert (None, environment) == (first.poll(), (directory / "env").read_bytes())
+        (payments,) = (
+            pid
+            for pid in processes_of(directory)
+            if b"carnet_broker.demo.payments" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        os.kill(payments, signal.SIGKILL)
+        assert 1 == first.wait(LONG)
+        assert first.stderr is not None
+        expected = f"error: payments ended by itself (exit code -9); its log is {directory}/payments.log\n"
+        assert expected == first.stderr.read()
+    assert_nothing_is_left(directory)
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        ("Setting", signal.SIGTERM),
+        ("- OpenBao", signal.SIGTERM),
+        ("- bootstrap", signal.SIGINT),
+        ("- certificates", signal.SIGTERM),
+        ("- broker", signal.SIGTERM),
+        ("- payments", signal.SIGTERM),
+    ],
+)
+def test_a_demo_that_is_told_to_end_while_it_starts_ends_at_once(
+    line: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    """Wherever it is: no process is left, and nobody waits until all is up."""
+    directory = tmp_path / "demo"
+    with demo(directory) as process:
+        wait_for_line(process, line)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=LONG)
+    assert (130, "error: interrupted") == (process.returncode, errors.strip())
+    assert "ready" not in output.split()
+    assert_nothing_is_left(directory)
+
+
+def test_what_is_no_directory_is_named(tmp_path: Path) -> None:
+    """One line with the path and what to do; no number of an error."""
+    file = tmp_path / "file"
+    file.write_text("mine")
+    done = subprocess.run([*DEMO, "--dir", str(file)], capture_output=True, text=True, timeout=LONG, check=False)
+    expected = f"error: the demo cannot use {file} .it is no directory.: give --dir a directory that you may write"
+    assert 2 == done.returncode
+    assert re.match(expected, done.stderr)
+    assert "mine" == file.read_text()
