@@ -50,8 +50,8 @@ class _Signals:
 def demo(*, hold: bool, directory: Path | None, key_store: str) -> None:
     """Start OpenBao, a broker and two services on this machine, and show what works and what is refused.
 
-    With --hold it writes DIR/env (shell assignments) and runs until SIGINT or SIGTERM, or until
-    one of its processes ends by itself. One demo at a time may use DIR.
+    With --hold it writes DIR/env (shell assignments) and runs until SIGINT or SIGTERM. A process that is killed
+    meanwhile is reported and stays away: what the others do without it can be tried. One demo at a time may use DIR.
 
     Exit code: 0 everything happened as it must, 1 something did not, 2 it could not be started.
     """
@@ -91,14 +91,16 @@ def demo(*, hold: bool, directory: Path | None, key_store: str) -> None:
 
 
 def _hold(stage: Stage, signals: _Signals) -> None:
-    """Say that all is up, and return when told to. A part that ends by itself ends the demo with exit code 1."""
+    """Say that all is up, and return when told to. Tell once of each part that ends by itself."""
     stage.write_environment()
     signals.holding = True
     click.echo("ready")
+    reported: set[str] = set()
     while not signals.told:
-        if ended := stage.ended():
-            complain(ended)
-            raise SystemExit(NO)
+        for ended in stage.ended():
+            if ended not in reported:
+                complain(ended)
+                reported.add(ended)
         time.sleep(_LOOK_EVERY)
 
 

@@ -124,16 +124,18 @@ class Stage:
         self._processes.clear()
         self.vault.stop()
 
-    def ended(self) -> str | None:
-        """Return which part has ended by itself, and where its log is; None while all of them run."""
-        for name, process in self._processes:
-            if process.poll() is not None:
-                return f"{name} ended by itself (exit code {process.returncode}); its log is {self._log(name)}"
+    def ended(self) -> list[str]:
+        """Say of each part that has ended by itself that it did, and where its log is."""
+        ended = [
+            f"{name} ended by itself (exit code {process.returncode}); its log is {self._log(name)}"
+            for name, process in self._processes
+            if process.poll() is not None
+        ]
         try:
             _ = self.vault.pid
         except OpenBaoError as error:
-            return str(error)
-        return None
+            ended.append(str(error))
+        return ended
 
     # -- what the scenes use ---------------------------------------------------------------------------------------
 
