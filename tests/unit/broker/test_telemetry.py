@@ -219,8 +219,8 @@ telemetry = Telemetry()
 telemetry.refused("/m", UnauthenticatedError(IdentityReason.UNTRUSTED, hostile), None)
 telemetry.vault_failed(KeyStoreUnavailableError(hostile))
 telemetry.reloaded("policy")
-logging.getLogger("some.library").error("it says %s", hostile)
-logging.getLogger("some.library").info("chatter")
+logging.getLogger("some.package").error("it says %s", hostile)
+logging.getLogger("some.package").info("chatter")
 """
 
 
