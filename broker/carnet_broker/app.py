@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 import time
@@ -32,7 +33,7 @@ from carnet_broker.edges.grpc.listeners import ListenerLimits, bind, new_server,
 from carnet_broker.edges.grpc.refused_calls import refusal_record
 from carnet_broker.edges.grpc.tokens import TokenServicer
 from carnet_broker.edges.grpc.trust import TrustServicer
-from carnet_broker.edges.http.plain import plain_app
+from carnet_broker.edges.http.plain import ImpatientProtocol, plain_app
 from carnet_broker.edges.ledger.json_lines import JsonLinesAudit
 from carnet_broker.edges.vault import (
     KvKeyStore,
@@ -57,6 +58,9 @@ from carnet_broker.watched import Watched
 
 __all__ = ["Broker", "SystemClock"]
 
+_PLAIN_CONNECTIONS: Final = 512
+_OTHER_DESCRIPTORS: Final = 128
+"""Files, Vault, and what gRPC needs for itself."""
 _LOOK_AT_FILES_EVERY: Final = 1.0
 _AUDIT_DEADLINE: Final = timedelta(seconds=5)
 
@@ -102,11 +106,12 @@ class Broker:
         self._identities = IdentityCache(LeafRules(max_life=files.max_leaf_life))
         self._session = VaultSession(load_vault_settings(config))
         store: KeyStore = KvKeyStore(self._session) if config.keys.store == "kv" else TransitKeyStore(self._session)
+        self._requests = VaultRotationRequests(self._session)
         self._keyring_loop = KeyringLoop(
             RotationDriver(
                 document=VaultKeyringDocument(self._session),
                 store=store,
-                requests=VaultRotationRequests(self._session),
+                requests=self._requests,
                 holder=self._holder,
                 events=self.telemetry,
                 issuer=config.issuer,
@@ -153,7 +158,7 @@ class Broker:
         await self._first_round()
         config = self._config
         limits = ListenerLimits(
-            max_connections=config.limits.connections,
+            max_connections=self._connections(),
             handshake_timeout=config.limits.handshake_timeout,
             connection_age=config.limits.connection_age,
         )
@@ -198,7 +203,8 @@ class Broker:
                 access_log=False,
                 lifespan="off",
                 server_header=False,
-                limit_concurrency=64,
+                http=ImpatientProtocol,
+                limit_concurrency=_PLAIN_CONNECTIONS,
                 timeout_keep_alive=5,
             )
         )
@@ -256,6 +262,10 @@ class Broker:
             wanted=[
                 (not self._keyring_loop.failing, "vault: the last look at it failed; the log says why"),
                 (not self._holder.is_degraded(now, mono), "vault: the keyring was not read lately"),
+                (
+                    not self._requests.overfull,
+                    f"vault: {', '.join(sorted(self._requests.overfull))}: too many to be listed; delete them",
+                ),
                 (self._policy.is_current, "policy: the newest file cannot be used"),
                 (self._tls.is_current, "tls: the newest files cannot be used"),
             ],
@@ -273,6 +283,18 @@ class Broker:
             if task.done():
                 self.telemetry.log.error("part_ended", part=name, exc_info=_failure_of(task))
         return False
+
+    def _connections(self) -> int:
+        """Return how many connections a listener may have: no more than there are descriptors for.
+
+        Strangers can open connections. With no descriptor left for a new one, or for the audit file, nobody is served.
+        """
+        wanted = self._config.limits.connections
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        possible = (descriptors - _PLAIN_CONNECTIONS - _OTHER_DESCRIPTORS) // 2
+        if possible < wanted:
+            self.telemetry.log.warning("connections_limited", wanted=wanted, possible=possible, descriptors=descriptors)
+        return max(1, min(wanted, possible))
 
     # -- parts of serving ------------------------------------------------------------------------------------------
 

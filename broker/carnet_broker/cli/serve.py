@@ -44,6 +44,9 @@ def serve(config_file: Path) -> None:
 
     # Private keys are in this process's memory: a core file would put them on a disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The usual soft limit of 1,024 descriptors is what select(2) can take. We do not use it, and connections need more.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     config = load_config(config_file)
     lines = LineLimit(config.log.lines_per_second)
     configure_logging(level=config.log.level, json=config.log.format == "json", lines=lines)

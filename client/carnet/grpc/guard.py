@@ -24,6 +24,7 @@ from carnet.verify import MAX_TOKEN_BYTES
 
 __all__ = ["Admitted", "AuthContext", "Guard", "Presented", "StreamEnd", "describe_peer"]
 
+_TLS_1_3: Final = b"TLSv1.3"
 _SCHEME: Final = "bearer "
 _SPACES: Final = 32
 """RFC 9110 section 11.6.2 allows any number of spaces after the scheme; this many are read."""
@@ -149,6 +150,10 @@ def _peer_certificate(peer: AuthContext, now: datetime) -> x509.Certificate | No
     shown = peer.get("x509_pem_cert")
     if not shown:
         return None
+    # Versions of gRPC before 1.85 do not tell the version of TLS, and none can be told to take 1.3 only.
+    version = peer.get("ssl_tls_version", (_TLS_1_3,))
+    if list(version) != [_TLS_1_3]:
+        raise RefusedError(Refusal.INVALID_TOKEN, "the connection is not TLS 1.3")
     try:
         leaf = _parse_leaf(shown[0])
     except ValueError:

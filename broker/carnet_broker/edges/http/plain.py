@@ -2,23 +2,66 @@
 
 `/readyz` answers 503 with the problems when this broker cannot issue; a broker that is only degraded answers 200 and
 says what is amiss, because a failing Vault must not take every broker out of its balancer at once.
+
+Anybody who reaches the port can connect. A connection that has not sent a whole request soon, and one that is old, is
+closed: idle connections of a stranger must not keep a probe from its answer.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Final, cast
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from carnet_broker.core.readiness import Readiness
 from carnet_broker.signing import KeyringHolder
 
-__all__ = ["plain_app"]
+__all__ = ["ImpatientProtocol", "plain_app"]
+
+_FIRST_REQUEST_WITHIN: Final = 5.0
+_LONGEST_CONNECTION: Final = 60.0
+_ANSWER_WITHIN: Final = 5.0
+
+
+class ImpatientProtocol(H11Protocol):
+    """Uvicorn's HTTP/1.1, which by itself waits without end for the first request of a connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to count."""
+        super().connection_made(transport)
+        self._ends = [
+            self.loop.call_later(_FIRST_REQUEST_WITHIN, self._close_unless_asked),
+            self.loop.call_later(_LONGEST_CONNECTION, self._close_when_answered),
+        ]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop counting."""
+        super().connection_lost(exc)
+        for end in self._ends:
+            end.cancel()
+
+    def _close_unless_asked(self) -> None:
+        if self._cycle is None:
+            self.transport.close()
+
+    def _close_when_answered(self) -> None:
+        if self._cycle is None or self._cycle.response_complete:
+            self.transport.close()
+        else:  # A request is being answered; that takes milliseconds.
+            self._ends.append(self.loop.call_later(_ANSWER_WITHIN, self.transport.close))
+
+    @property
+    def _cycle(self) -> RequestResponseCycle | None:
+        """The newest request; None before the first, which uvicorn's types do not say."""
+        return cast("RequestResponseCycle | None", self.cycle)
 
 
 def plain_app(
