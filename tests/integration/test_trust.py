@@ -329,8 +329,8 @@ def test_a_flood_of_unknown_keys_costs_one_fetch_per_cooldown_and_harms_no_good_
     assert 1 <= len(asked) <= elapsed / cooldown.total_seconds() + 1
     assert len(asked) == outcomes[InvalidTokenError]
     assert [] == failures
-    assert len(latencies) > 10  # How many there are is the speed of the machine, and nothing else.
-    assert p99 < 0.25
+    assert latencies  # How many there are is the speed of the machine, and nothing else.
+    assert p99 < cooldown.total_seconds()  # None of them waited for a fetch to be allowed.
 
 
 @pytest.mark.parametrize("kind", KINDS)
