@@ -21,10 +21,11 @@ import grpc
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from carnet.admission import Admission
 from carnet.errors import CarnetError, ConfigError
+from carnet.log_lines import LineLimit
 from carnet.v1 import token_pb2_grpc, trust_pb2_grpc
 from carnet_broker.config import BrokerConfig, host_and_port
-from carnet_broker.core.admission import Admission
 from carnet_broker.core.minting import MintingRules
 from carnet_broker.core.readiness import Readiness, judge_readiness
 from carnet_broker.core.workload import IdentityCache, LeafRules, Workload
@@ -49,7 +50,6 @@ from carnet_broker.group_commit import GroupCommit
 from carnet_broker.issuance import CHECK_EVERY, Issuer
 from carnet_broker.keyring_loop import KeyringLoop
 from carnet_broker.loading import load_policy_file, load_tls, load_vault_settings
-from carnet_broker.log_lines import LineLimit
 from carnet_broker.ports import KeyStore, KeyStoreUnavailableError, Signer
 from carnet_broker.rotation import RotationDriver
 from carnet_broker.signing import KeyringHolder

@@ -16,9 +16,9 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
+from carnet.admission import Admission
 from carnet.claims import MAX_SCOPES, is_name, is_scope_token
 from carnet.errors import CarnetError, InvalidTokenError
-from carnet_broker.core.admission import Admission
 from carnet_broker.core.keyring import KeyRecord
 from carnet_broker.core.ledger import IssueRecord, RefusalRecord
 from carnet_broker.core.minting import CertificateEndingError, Draft, MintingRules, check_signature, draft_token

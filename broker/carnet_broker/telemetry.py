@@ -14,10 +14,11 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from carnet.errors import CarnetError
+from carnet.log_lines import LineLimit
 from carnet_broker.core.keyring import Keyring, Step
 from carnet_broker.core.workload import UnauthenticatedError, Workload
 from carnet_broker.issuance import RefusedError
-from carnet_broker.log_lines import LibraryLines, LineLimit
+from carnet_broker.log_lines import LibraryLines
 from carnet_broker.ports import KeyLostError
 
 __all__ = ["Telemetry", "configure_logging"]

@@ -21,11 +21,11 @@ import grpc
 import uvloop
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from carnet.admission import Admission
 from carnet.jwk import PublicJWK
 from carnet.testing import CertificateAuthority
 from carnet.v1 import token_pb2, token_pb2_grpc
 from carnet_broker.app import SystemClock
-from carnet_broker.core.admission import Admission
 from carnet_broker.core.keyring import Keyring, Timing
 from carnet_broker.core.minting import MintingRules
 from carnet_broker.core.policy import load_policy

@@ -290,15 +290,34 @@ def test_a_service_that_cannot_see_certificates_takes_unbound_tokens_by_choice(s
                 assert unauthenticated(Refusal.INVALID_TOKEN) == refusal(channel, "unary_unary", bearer)
 
 
-def test_the_log_has_the_reason_and_never_the_token(target: str, shared: Scene, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("stack", STACKS)
+def test_the_log_has_the_reason_and_never_the_token(stack: str, shared: Scene, caplog: pytest.LogCaptureFixture):
     """B11: who was refused what, and why; of the token its name at most."""
     secret = shared.token(audience="bank")
-    with caplog.at_level(logging.DEBUG), shared.channel(target) as channel:
+    with (
+        caplog.at_level(logging.DEBUG),
+        serve(stack, shared.ca, CHARGE, shared.verifier) as target,
+        shared.channel(target) as channel,
+    ):
         refusal(channel, "unary_unary", f"Bearer {secret}")
         refusal(channel, "unary_unary", f"Bearer {shared.token(scopes=['refund'])}")
     assert f"refused '/shop.Payments/unary_unary' to {ORDERS}: WRONG_AUDIENCE: the token is for audience" in caplog.text
     assert "lacks scope charge" in caplog.text
     assert not any(part in caplog.text for part in secret.split("."))
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_b10_a_caller_that_is_refused_without_end_fills_only_its_part_of_the_log(
+    stack: str, shared: Scene, caplog: pytest.LogCaptureFixture
+):
+    """Two hundred refusals: forty lines at once, and ten a second."""
+    with serve(stack, shared.ca, CHARGE, shared.verifier) as target, shared.channel(target) as channel:
+        begin = time.monotonic()
+        with caplog.at_level(logging.WARNING, "carnet.grpc"):
+            for _ in range(200):
+                refusal(channel, "unary_unary")
+        allowed = 40 + 10 * (time.monotonic() - begin) + 1
+        assert 40 <= sum(line.startswith("refused") for line in caplog.messages) <= allowed < 200
 
 
 @pytest.mark.parametrize("stack", STACKS)

@@ -138,6 +138,7 @@ def test_every_module_of_the_sdk_has_its_place_in_the_contracts() -> None:
         | set(contracts["sdk-for-the-demo-only"]["protected_modules"])
         | set(contracts["wire-at-the-edge"]["protected_modules"])
         | set(contracts["identity-files"]["protected_modules"])
+        | set(contracts["log-within-bounds"]["protected_modules"])
     )
     present = {
         f"carnet.{path.stem}"

@@ -38,8 +38,8 @@ def serve(config_file: Path) -> None:
 
     import uvloop
 
+    from carnet.log_lines import LineLimit
     from carnet_broker.app import Broker
-    from carnet_broker.log_lines import LineLimit
     from carnet_broker.telemetry import configure_logging
 
     # Private keys are in this process's memory: a core file would put them on a disk.

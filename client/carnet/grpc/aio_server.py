@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn, TypeAlias, cast
@@ -17,13 +16,12 @@ from carnet.caller import CALLER
 from carnet.errors import InvalidTokenError, KeySetUnavailableError
 from carnet.grpc.guard import Admitted, AuthContext, Guard, StreamEnd, describe_peer
 from carnet.grpc.handlers import Handler, behavior_of, refuse, wrap_blocking, wrapped_like
+from carnet.grpc.refusal_log import RefusalLog
 from carnet.grpc.refusals import Refusal, RefusedError, refused_by
 from carnet.grpc.rules import Rule
 from carnet.trust import AsyncVerifier
 
 __all__ = ["AsyncServerInterceptor"]
-
-_log: Final = logging.getLogger("carnet.grpc")
 
 _GRACE: Final = 1.0
 """Seconds after which a stream that could not be ended in good order, because its caller does not read, is cut off."""
@@ -44,6 +42,7 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._verifier = verifier
         self._guard = Guard(rules, stream=stream)
+        self._refusals = RefusalLog()
         # Held until they are done: the event loop itself does not hold its tasks.
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -123,7 +122,7 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
                 raise refused_by(error) from error
             return self._guard.admit(method, claims, presented)
         except RefusedError as refused:
-            _log.warning("refused %r to %s: %s", method, describe_peer(peer), refused)
+            self._refusals.refused(method, describe_peer(peer), refused)
             return refused.refusal
 
     @contextlib.contextmanager

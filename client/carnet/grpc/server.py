@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Final, cast
+from typing import cast
 
 import grpc
 
 from carnet.errors import InvalidTokenError, KeySetUnavailableError
 from carnet.grpc.guard import Admitted, AuthContext, Guard, StreamEnd, describe_peer
 from carnet.grpc.handlers import Handler, StreamEnder, refuse, wrap_blocking
+from carnet.grpc.refusal_log import RefusalLog
 from carnet.grpc.refusals import RefusedError, refused_by
 from carnet.grpc.rules import Rule
 from carnet.trust import Verifier
 
 __all__ = ["ServerInterceptor"]
-
-_log: Final = logging.getLogger("carnet.grpc")
 
 
 class ServerInterceptor(grpc.ServerInterceptor):
@@ -36,7 +34,7 @@ class ServerInterceptor(grpc.ServerInterceptor):
     (``require_client_auth=True``), unless the verifier was made with ``binding="none"``. In the handler
     `carnet.current()` returns the claims of the caller. `stream` says when streams end: ``"token"`` with the token or
     the caller's certificate, ``"open"`` never. What a refused caller sees is in `carnet.grpc.refusals`; the reason goes
-    to the log ``carnet.grpc``. Raises `ConfigError` for rules that make no sense.
+    to the log ``carnet.grpc``, ten lines a second for each caller. Raises `ConfigError` for rules that make no sense.
     """
 
     def __init__(
@@ -44,6 +42,7 @@ class ServerInterceptor(grpc.ServerInterceptor):
     ) -> None:
         self._verifier = verifier
         self._guard = Guard(rules, stream=stream)
+        self._refusals = RefusalLog()
         self._ender = StreamEnder()
 
     def intercept_service(
@@ -72,5 +71,5 @@ class ServerInterceptor(grpc.ServerInterceptor):
                 raise refused_by(error) from error
             return self._guard.admit(method, claims, presented)
         except RefusedError as refused:
-            _log.warning("refused %r to %s: %s", method, describe_peer(peer), refused)
+            self._refusals.refused(method, describe_peer(peer), refused)
             refuse(context, refused.refusal)

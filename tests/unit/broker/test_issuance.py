@@ -11,10 +11,10 @@ from datetime import datetime, timedelta
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from carnet.admission import Admission
 from carnet.claims import MAX_SCOPES
 from carnet.jwk import KeySet
 from carnet.verify import Expectations, parse_unverified, verify_token
-from carnet_broker.core.admission import Admission
 from carnet_broker.core.ledger import IssueRecord
 from carnet_broker.core.minting import MintingRules
 from carnet_broker.core.policy import Policy

@@ -1,4 +1,4 @@
-"""How much of the log one source may fill (B10, B11)."""
+"""How much of the log libraries may fill (B10, B11)."""
 
 from __future__ import annotations
 
@@ -6,57 +6,13 @@ import logging
 
 import pytest
 
-from carnet_broker.log_lines import LibraryLines, LineLimit
-
-
-class Clock:
-    """Monotonic seconds that stand still until they are moved."""
-
-    def __init__(self) -> None:
-        self.seconds = 100.0
-
-    def __call__(self) -> float:
-        """Return them."""
-        return self.seconds
-
-
-@pytest.fixture(name="clock")
-def _clock() -> Clock:
-    return Clock()
+from carnet.log_lines import LineLimit
+from carnet_broker.log_lines import LibraryLines
 
 
 @pytest.fixture(name="limit")
-def _limit(clock: Clock) -> LineLimit:
-    return LineLimit(2, mono=clock)
-
-
-def admitted(limit: LineLimit, source: str, count: int) -> int:
-    """Return how many of `count` lines of a source were let in."""
-    return sum(limit.admits(source) for _ in range(count))
-
-
-def test_a_source_writes_a_burst_and_then_its_rate(limit, clock):
-    """Four seconds' worth at once, then so many each second; what is over that is left out."""
-    assert 8 == admitted(limit, "orders", 100)
-    clock.seconds += 1
-    assert 2 == admitted(limit, "orders", 100)
-    clock.seconds += 100
-    assert 8 == admitted(limit, "orders", 100)
-
-
-def test_a_noisy_source_does_not_silence_another(limit):
-    """Each has its own part: those that are not authenticated cannot hide what a workload does, nor the reverse."""
-    assert 8 == admitted(limit, "", 1000)
-    assert 8 == admitted(limit, "orders", 8)
-
-
-def test_what_is_left_out_is_counted_once(limit):
-    """The count is of all sources, and starts again when it was taken."""
-    admitted(limit, "", 10)
-    admitted(limit, "orders", 11)
-    assert [5, 0] == [limit.take_left_out(), limit.take_left_out()]
-    admitted(limit, "", 1)
-    assert 1 == limit.take_left_out()
+def _limit() -> LineLimit:
+    return LineLimit(2, mono=lambda: 100.0)
 
 
 def record(name: str, message: str, *arguments: object) -> logging.LogRecord:

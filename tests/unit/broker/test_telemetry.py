@@ -13,10 +13,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from carnet.errors import ConfigError
+from carnet.log_lines import LineLimit
 from carnet_broker.core.keyring import CreateKey, PublishKey
 from carnet_broker.core.workload import IdentityReason, UnauthenticatedError, Workload
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
-from carnet_broker.log_lines import LineLimit
 from carnet_broker.ports import KeyLostError, KeyStoreUnavailableError
 from carnet_broker.telemetry import Telemetry
 from support.keyrings import T0, jwk, running
@@ -209,7 +209,7 @@ def test_no_metric_has_a_spiffe_id_or_a_peers_words_as_a_label(telemetry, log):
 SCRIPT = """\
 import logging, sys
 from carnet_broker.core.workload import IdentityReason, UnauthenticatedError
-from carnet_broker.log_lines import LineLimit
+from carnet.log_lines import LineLimit
 from carnet_broker.ports import KeyStoreUnavailableError
 from carnet_broker.telemetry import Telemetry, configure_logging
 

@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import grpc
 
+from carnet.admission import Admission
 from carnet.v1 import trust_pb2, trust_pb2_grpc
-from carnet_broker.core.admission import Admission
 from carnet_broker.edges.grpc.calls import caller
 from carnet_broker.edges.grpc.status import UnavailableError
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from carnet_broker.core.admission import Admission
+from carnet.admission import Admission
 from carnet_broker.core.ledger import DroppedRecord, RefusalRecord
 from carnet_broker.edges.ledger.files import LedgerFile
 

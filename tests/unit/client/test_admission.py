@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carnet_broker.core.admission import Admission
+from carnet.admission import Admission
 
 
 def admitted(admission: Admission, identity: str, mono: float, *, tries: int = 100, cost: int = 1) -> int:
