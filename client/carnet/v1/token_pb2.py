@@ -25,25 +25,29 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63\x61rnet/v1/token.proto\x12\tcarnet.v1\x1a\x1egoogle/protobuf/duration.proto\"]\n\x11IssueTokenRequest\x12\x10\n\x08\x61udience\x18\x01 \x01(\t\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa8\x01\n\x12IssueTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12-\n\nexpires_in\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nrefresh_in\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12\x15\n\rttl_shortened\x18\x05 \x01(\x08\"D\n\x12IssueTokensRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.carnet.v1.IssueTokenRequest\"C\n\x13IssueTokensResponse\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.carnet.v1.IssueTokenResult\"~\n\x10IssueTokenResult\x12/\n\x06issued\x18\x01 \x01(\x0b\x32\x1d.carnet.v1.IssueTokenResponseH\x00\x12/\n\x07refused\x18\x02 \x01(\x0b\x32\x1c.carnet.v1.IssueTokenRefusalH\x00\x42\x08\n\x06result\"r\n\x11IssueTokenRefusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12.\n\x0bretry_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2\xa7\x01\n\x0cTokenService\x12I\n\nIssueToken\x12\x1c.carnet.v1.IssueTokenRequest\x1a\x1d.carnet.v1.IssueTokenResponse\x12L\n\x0bIssueTokens\x12\x1d.carnet.v1.IssueTokensRequest\x1a\x1e.carnet.v1.IssueTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63\x61rnet/v1/token.proto\x12\tcarnet.v1\x1a\x1egoogle/protobuf/duration.proto\"#\n\x12RevokeTokenRequest\x12\r\n\x05token\x18\x01 \x01(\t\"1\n\x13RevokeTokenResponse\x12\x1a\n\x12revocation_version\x18\x01 \x01(\x04\"]\n\x11IssueTokenRequest\x12\x10\n\x08\x61udience\x18\x01 \x01(\t\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa8\x01\n\x12IssueTokenResponse\x12\r\n\x05token\x18\x01 \x01(\t\x12-\n\nexpires_in\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nrefresh_in\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12\x15\n\rttl_shortened\x18\x05 \x01(\x08\"D\n\x12IssueTokensRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.carnet.v1.IssueTokenRequest\"C\n\x13IssueTokensResponse\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.carnet.v1.IssueTokenResult\"~\n\x10IssueTokenResult\x12/\n\x06issued\x18\x01 \x01(\x0b\x32\x1d.carnet.v1.IssueTokenResponseH\x00\x12/\n\x07refused\x18\x02 \x01(\x0b\x32\x1c.carnet.v1.IssueTokenRefusalH\x00\x42\x08\n\x06result\"r\n\x11IssueTokenRefusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12.\n\x0bretry_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2\xf5\x01\n\x0cTokenService\x12I\n\nIssueToken\x12\x1c.carnet.v1.IssueTokenRequest\x1a\x1d.carnet.v1.IssueTokenResponse\x12L\n\x0bIssueTokens\x12\x1d.carnet.v1.IssueTokensRequest\x1a\x1e.carnet.v1.IssueTokensResponse\x12L\n\x0bRevokeToken\x12\x1d.carnet.v1.RevokeTokenRequest\x1a\x1e.carnet.v1.RevokeTokenResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'carnet.v1.token_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ISSUETOKENREQUEST']._serialized_start=68
-  _globals['_ISSUETOKENREQUEST']._serialized_end=161
-  _globals['_ISSUETOKENRESPONSE']._serialized_start=164
-  _globals['_ISSUETOKENRESPONSE']._serialized_end=332
-  _globals['_ISSUETOKENSREQUEST']._serialized_start=334
-  _globals['_ISSUETOKENSREQUEST']._serialized_end=402
-  _globals['_ISSUETOKENSRESPONSE']._serialized_start=404
-  _globals['_ISSUETOKENSRESPONSE']._serialized_end=471
-  _globals['_ISSUETOKENRESULT']._serialized_start=473
-  _globals['_ISSUETOKENRESULT']._serialized_end=599
-  _globals['_ISSUETOKENREFUSAL']._serialized_start=601
-  _globals['_ISSUETOKENREFUSAL']._serialized_end=715
-  _globals['_TOKENSERVICE']._serialized_start=718
-  _globals['_TOKENSERVICE']._serialized_end=885
+  _globals['_REVOKETOKENREQUEST']._serialized_start=68
+  _globals['_REVOKETOKENREQUEST']._serialized_end=103
+  _globals['_REVOKETOKENRESPONSE']._serialized_start=105
+  _globals['_REVOKETOKENRESPONSE']._serialized_end=154
+  _globals['_ISSUETOKENREQUEST']._serialized_start=156
+  _globals['_ISSUETOKENREQUEST']._serialized_end=249
+  _globals['_ISSUETOKENRESPONSE']._serialized_start=252
+  _globals['_ISSUETOKENRESPONSE']._serialized_end=420
+  _globals['_ISSUETOKENSREQUEST']._serialized_start=422
+  _globals['_ISSUETOKENSREQUEST']._serialized_end=490
+  _globals['_ISSUETOKENSRESPONSE']._serialized_start=492
+  _globals['_ISSUETOKENSRESPONSE']._serialized_end=559
+  _globals['_ISSUETOKENRESULT']._serialized_start=561
+  _globals['_ISSUETOKENRESULT']._serialized_end=687
+  _globals['_ISSUETOKENREFUSAL']._serialized_start=689
+  _globals['_ISSUETOKENREFUSAL']._serialized_end=803
+  _globals['_TOKENSERVICE']._serialized_start=806
+  _globals['_TOKENSERVICE']._serialized_end=1051
 # @@protoc_insertion_point(module_scope)

@@ -48,6 +48,11 @@ class TokenServiceStub(object):
                 request_serializer=carnet_dot_v1_dot_token__pb2.IssueTokensRequest.SerializeToString,
                 response_deserializer=carnet_dot_v1_dot_token__pb2.IssueTokensResponse.FromString,
                 _registered_method=True)
+        self.RevokeToken = channel.unary_unary(
+                '/carnet.v1.TokenService/RevokeToken',
+                request_serializer=carnet_dot_v1_dot_token__pb2.RevokeTokenRequest.SerializeToString,
+                response_deserializer=carnet_dot_v1_dot_token__pb2.RevokeTokenResponse.FromString,
+                _registered_method=True)
 
 
 class TokenServiceServicer(object):
@@ -72,6 +77,14 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RevokeToken(self, request, context):
+        """RevokeToken revokes a token that was issued to the caller, or that speaks for it (RFC 7009). It returns when that
+        is durable. A token that is over already is not an error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TokenServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +97,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.IssueTokens,
                     request_deserializer=carnet_dot_v1_dot_token__pb2.IssueTokensRequest.FromString,
                     response_serializer=carnet_dot_v1_dot_token__pb2.IssueTokensResponse.SerializeToString,
+            ),
+            'RevokeToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeToken,
+                    request_deserializer=carnet_dot_v1_dot_token__pb2.RevokeTokenRequest.FromString,
+                    response_serializer=carnet_dot_v1_dot_token__pb2.RevokeTokenResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -144,6 +162,33 @@ class TokenService(object):
             '/carnet.v1.TokenService/IssueTokens',
             carnet_dot_v1_dot_token__pb2.IssueTokensRequest.SerializeToString,
             carnet_dot_v1_dot_token__pb2.IssueTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carnet.v1.TokenService/RevokeToken',
+            carnet_dot_v1_dot_token__pb2.RevokeTokenRequest.SerializeToString,
+            carnet_dot_v1_dot_token__pb2.RevokeTokenResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class TokenServiceStub:
     """
     IssueTokens: _grpc.UnaryUnaryMultiCallable[_token_pb2.IssueTokensRequest, _token_pb2.IssueTokensResponse]
     """IssueTokens asks for several audiences in one call. Each request has its own result, at the same index."""
+    RevokeToken: _grpc.UnaryUnaryMultiCallable[_token_pb2.RevokeTokenRequest, _token_pb2.RevokeTokenResponse]
+    """RevokeToken revokes a token that was issued to the caller, or that speaks for it (RFC 7009). It returns when that
+    is durable. A token that is over already is not an error.
+    """
 
 @_typing.type_check_only
 class TokenServiceAsyncStub(TokenServiceStub):
@@ -59,6 +63,10 @@ class TokenServiceAsyncStub(TokenServiceStub):
     """
     IssueTokens: _aio.UnaryUnaryMultiCallable[_token_pb2.IssueTokensRequest, _token_pb2.IssueTokensResponse]  # type: ignore[assignment]
     """IssueTokens asks for several audiences in one call. Each request has its own result, at the same index."""
+    RevokeToken: _aio.UnaryUnaryMultiCallable[_token_pb2.RevokeTokenRequest, _token_pb2.RevokeTokenResponse]  # type: ignore[assignment]
+    """RevokeToken revokes a token that was issued to the caller, or that speaks for it (RFC 7009). It returns when that
+    is durable. A token that is over already is not an error.
+    """
 
 class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     """TokenService issues tokens to the workload that calls it.
@@ -84,5 +92,15 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_token_pb2.IssueTokensResponse, _abc.Awaitable[_token_pb2.IssueTokensResponse]]:
         """IssueTokens asks for several audiences in one call. Each request has its own result, at the same index."""
+
+    @_abc_1.abstractmethod
+    def RevokeToken(
+        self,
+        request: _token_pb2.RevokeTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_pb2.RevokeTokenResponse, _abc.Awaitable[_token_pb2.RevokeTokenResponse]]:
+        """RevokeToken revokes a token that was issued to the caller, or that speaks for it (RFC 7009). It returns when that
+        is durable. A token that is over already is not an error.
+        """
 
 def add_TokenServiceServicer_to_server(servicer: TokenServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -23,19 +23,42 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63\x61rnet/v1/trust.proto\x12\tcarnet.v1\x1a\x1egoogle/protobuf/duration.proto\"*\n\x10GetKeySetRequest\x12\x16\n\x0emissing_key_id\x18\x01 \x01(\t\"\x99\x01\n\x11GetKeySetResponse\x12\x0e\n\x06issuer\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04jwks\x18\x03 \x01(\t\x12*\n\x07max_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x61ge\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration2V\n\x0cTrustService\x12\x46\n\tGetKeySet\x12\x1b.carnet.v1.GetKeySetRequest\x1a\x1c.carnet.v1.GetKeySetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63\x61rnet/v1/trust.proto\x12\tcarnet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"d\n\x08Position\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x1a\n\x12revocation_version\x18\x03 \x01(\x04\x12\x19\n\x11revocation_digest\x18\x04 \x01(\x0c\"\x9d\x01\n\nRevocation\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.carnet.v1.RevocationKind\x12\r\n\x05value\x18\x03 \x01(\t\x12\x16\n\x0e\x62\x65\x66ore_version\x18\x04 \x01(\x04\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9b\x01\n\x10RevocationChange\x12\x14\n\x0c\x66rom_version\x18\x01 \x01(\x04\x12\x12\n\nto_version\x18\x02 \x01(\x04\x12\x11\n\tto_digest\x18\x03 \x01(\x0c\x12\x10\n\x08snapshot\x18\x04 \x01(\x08\x12\x0c\n\x04more\x18\x05 \x01(\x08\x12*\n\x0brevocations\x18\x06 \x03(\x0b\x32\x15.carnet.v1.Revocation\":\n\x15GetRevocationsRequest\x12!\n\x04\x66rom\x18\x01 \x01(\x0b\x32\x13.carnet.v1.Position\"\x94\x01\n\x16GetRevocationsResponse\x12%\n\x08position\x18\x01 \x01(\x0b\x32\x13.carnet.v1.Position\x12&\n\x03\x61ge\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x06\x63hange\x18\x03 \x01(\x0b\x32\x1b.carnet.v1.RevocationChange\"\x94\x01\n\x0cWatchRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.carnet.v1.WatchHelloH\x00\x12(\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x16.carnet.v1.WatchAnswerH\x00\x12*\n\x07goodbye\x18\x03 \x01(\x0b\x32\x17.carnet.v1.WatchGoodbyeH\x00\x42\x06\n\x04kind\"\xa3\x01\n\nWatchHello\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x10\n\x08\x61udience\x18\x02 \x01(\t\x12%\n\x08position\x18\x03 \x01(\x0b\x32\x13.carnet.v1.Position\x12\x30\n\rmax_staleness\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\raccepts_stale\x18\x05 \x01(\x08\"D\n\x0bWatchAnswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12%\n\x08position\x18\x02 \x01(\x0b\x32\x13.carnet.v1.Position\"\x0e\n\x0cWatchGoodbye\"\x88\x02\n\rWatchResponse\x12%\n\x08position\x18\x01 \x01(\x0b\x32\x13.carnet.v1.Position\x12&\n\x03\x61ge\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61nswered\x18\x03 \x01(\x04\x12,\n\theartbeat\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x07key_set\x18\x05 \x01(\x0b\x32\x1c.carnet.v1.GetKeySetResponse\x12+\n\x06\x63hange\x18\x06 \x01(\x0b\x32\x1b.carnet.v1.RevocationChange\x12\x0c\n\x04live\x18\x07 \x01(\x08\"*\n\x10GetKeySetRequest\x12\x16\n\x0emissing_key_id\x18\x01 \x01(\t\"\x99\x01\n\x11GetKeySetResponse\x12\x0e\n\x06issuer\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04jwks\x18\x03 \x01(\t\x12*\n\x07max_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x61ge\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration*\xd9\x01\n\x0eRevocationKind\x12\x1f\n\x1bREVOCATION_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15REVOCATION_KIND_TOKEN\x10\x01\x12\x1b\n\x17REVOCATION_KIND_SUBJECT\x10\x02\x12\x1f\n\x1bREVOCATION_KIND_CERTIFICATE\x10\x03\x12\x18\n\x14REVOCATION_KIND_ROOT\x10\x04\x12\x19\n\x15REVOCATION_KIND_BLOCK\x10\x05\x12\x18\n\x14REVOCATION_KIND_LIFT\x10\x06\x32\xef\x01\n\x0cTrustService\x12\x46\n\tGetKeySet\x12\x1b.carnet.v1.GetKeySetRequest\x1a\x1c.carnet.v1.GetKeySetResponse\x12W\n\x0eGetRevocations\x12 .carnet.v1.GetRevocationsRequest\x1a!.carnet.v1.GetRevocationsResponse0\x01\x12>\n\x05Watch\x12\x17.carnet.v1.WatchRequest\x1a\x18.carnet.v1.WatchResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'carnet.v1.trust_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETKEYSETREQUEST']._serialized_start=68
-  _globals['_GETKEYSETREQUEST']._serialized_end=110
-  _globals['_GETKEYSETRESPONSE']._serialized_start=113
-  _globals['_GETKEYSETRESPONSE']._serialized_end=266
-  _globals['_TRUSTSERVICE']._serialized_start=268
-  _globals['_TRUSTSERVICE']._serialized_end=354
+  _globals['_REVOCATIONKIND']._serialized_start=1603
+  _globals['_REVOCATIONKIND']._serialized_end=1820
+  _globals['_POSITION']._serialized_start=101
+  _globals['_POSITION']._serialized_end=201
+  _globals['_REVOCATION']._serialized_start=204
+  _globals['_REVOCATION']._serialized_end=361
+  _globals['_REVOCATIONCHANGE']._serialized_start=364
+  _globals['_REVOCATIONCHANGE']._serialized_end=519
+  _globals['_GETREVOCATIONSREQUEST']._serialized_start=521
+  _globals['_GETREVOCATIONSREQUEST']._serialized_end=579
+  _globals['_GETREVOCATIONSRESPONSE']._serialized_start=582
+  _globals['_GETREVOCATIONSRESPONSE']._serialized_end=730
+  _globals['_WATCHREQUEST']._serialized_start=733
+  _globals['_WATCHREQUEST']._serialized_end=881
+  _globals['_WATCHHELLO']._serialized_start=884
+  _globals['_WATCHHELLO']._serialized_end=1047
+  _globals['_WATCHANSWER']._serialized_start=1049
+  _globals['_WATCHANSWER']._serialized_end=1117
+  _globals['_WATCHGOODBYE']._serialized_start=1119
+  _globals['_WATCHGOODBYE']._serialized_end=1133
+  _globals['_WATCHRESPONSE']._serialized_start=1136
+  _globals['_WATCHRESPONSE']._serialized_end=1400
+  _globals['_GETKEYSETREQUEST']._serialized_start=1402
+  _globals['_GETKEYSETREQUEST']._serialized_end=1444
+  _globals['_GETKEYSETRESPONSE']._serialized_start=1447
+  _globals['_GETKEYSETRESPONSE']._serialized_end=1600
+  _globals['_TRUSTSERVICE']._serialized_start=1823
+  _globals['_TRUSTSERVICE']._serialized_end=2062
 # @@protoc_insertion_point(module_scope)

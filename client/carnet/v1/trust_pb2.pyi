@@ -3,9 +3,13 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -16,6 +20,384 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _RevocationKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RevocationKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RevocationKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REVOCATION_KIND_UNSPECIFIED: _RevocationKind.ValueType  # 0
+    """Never sent: an entry of a kind that the reader does not know is refused."""
+    REVOCATION_KIND_TOKEN: _RevocationKind.ValueType  # 1
+    """One token, by its jti."""
+    REVOCATION_KIND_SUBJECT: _RevocationKind.ValueType  # 2
+    """The tokens of one SPIFFE ID that were issued before `before_version`, by their rv."""
+    REVOCATION_KIND_CERTIFICATE: _RevocationKind.ValueType  # 3
+    """The tokens that are bound to one certificate: "sha256:" and its thumbprint (x5t#S256), "spki-sha256:" and the
+    hash of its public key, both in base64url, or "serial:" with its number in hex, ":" and the SHA-256 of its issuer.
+    """
+    REVOCATION_KIND_ROOT: _RevocationKind.ValueType  # 4
+    """A token and all that were derived from it, by the jti of the first."""
+    REVOCATION_KIND_BLOCK: _RevocationKind.ValueType  # 5
+    """All tokens of one SPIFFE ID, until lifted."""
+    REVOCATION_KIND_LIFT: _RevocationKind.ValueType  # 6
+    """Ends the block of one SPIFFE ID; its tokens of before stay refused, as by SUBJECT."""
+
+class RevocationKind(_RevocationKind, metaclass=_RevocationKindEnumTypeWrapper):
+    """RevocationKind says what a revocation names."""
+
+REVOCATION_KIND_UNSPECIFIED: RevocationKind.ValueType  # 0
+"""Never sent: an entry of a kind that the reader does not know is refused."""
+REVOCATION_KIND_TOKEN: RevocationKind.ValueType  # 1
+"""One token, by its jti."""
+REVOCATION_KIND_SUBJECT: RevocationKind.ValueType  # 2
+"""The tokens of one SPIFFE ID that were issued before `before_version`, by their rv."""
+REVOCATION_KIND_CERTIFICATE: RevocationKind.ValueType  # 3
+"""The tokens that are bound to one certificate: "sha256:" and its thumbprint (x5t#S256), "spki-sha256:" and the
+hash of its public key, both in base64url, or "serial:" with its number in hex, ":" and the SHA-256 of its issuer.
+"""
+REVOCATION_KIND_ROOT: RevocationKind.ValueType  # 4
+"""A token and all that were derived from it, by the jti of the first."""
+REVOCATION_KIND_BLOCK: RevocationKind.ValueType  # 5
+"""All tokens of one SPIFFE ID, until lifted."""
+REVOCATION_KIND_LIFT: RevocationKind.ValueType  # 6
+"""Ends the block of one SPIFFE ID; its tokens of before stay refused, as by SUBJECT."""
+Global___RevocationKind: _TypeAlias = RevocationKind  # noqa: Y015
+
+@_typing.final
+class Position(_message.Message):
+    """Position is how far a verifier or a broker has got. Within an epoch no part of it goes back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    REVOCATION_VERSION_FIELD_NUMBER: _builtins.int
+    REVOCATION_DIGEST_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Names one life of the shared store. A store that was restored from a backup begins a new, higher one."""
+    generation: _builtins.int
+    """The version of the keyring."""
+    revocation_version: _builtins.int
+    """The version of the last revocation."""
+    revocation_digest: _builtins.bytes
+    """SHA-256 over the digest before and the last revocation: two sides with one version and digest know the same."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        revocation_version: _builtins.int = ...,
+        revocation_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "revocation_digest", b"revocation_digest", "revocation_version", b"revocation_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Position: _TypeAlias = Position  # noqa: Y015
+
+@_typing.final
+class Revocation(_message.Message):
+    """Revocation is one entry of the log of revocations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    BEFORE_VERSION_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Grows by one with each entry of an epoch."""
+    kind: Global___RevocationKind.ValueType
+    value: _builtins.str
+    before_version: _builtins.int
+    """For SUBJECT, BLOCK and LIFT: tokens with a lower rv are refused."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """From here on nothing is left to refuse. Absent for a block: it lasts until lifted."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        kind: Global___RevocationKind.ValueType = ...,
+        value: _builtins.str = ...,
+        before_version: _builtins.int = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_version", b"before_version", "expires_at", b"expires_at", "kind", b"kind", "value", b"value", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Revocation: _TypeAlias = Revocation  # noqa: Y015
+
+@_typing.final
+class RevocationChange(_message.Message):
+    """RevocationChange is one part of what leads from one version of the log to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_VERSION_FIELD_NUMBER: _builtins.int
+    TO_VERSION_FIELD_NUMBER: _builtins.int
+    TO_DIGEST_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
+    from_version: _builtins.int
+    """The version that this is a change of; 0 for a snapshot, which is all that is still in force."""
+    to_version: _builtins.int
+    to_digest: _builtins.bytes
+    """The digest at to_version."""
+    snapshot: _builtins.bool
+    """True when the entries are all that is in force at to_version, and not what came since from_version."""
+    more: _builtins.bool
+    """True when another part of the same change follows: nothing is loaded before the last one."""
+    @_builtins.property
+    def revocations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Revocation]: ...
+    def __init__(
+        self,
+        *,
+        from_version: _builtins.int = ...,
+        to_version: _builtins.int = ...,
+        to_digest: _builtins.bytes = ...,
+        snapshot: _builtins.bool = ...,
+        more: _builtins.bool = ...,
+        revocations: _abc.Iterable[Global___Revocation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_version", b"from_version", "more", b"more", "revocations", b"revocations", "snapshot", b"snapshot", "to_digest", b"to_digest", "to_version", b"to_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevocationChange: _TypeAlias = RevocationChange  # noqa: Y015
+
+@_typing.final
+class GetRevocationsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_FIELD_NUMBER: _builtins.int
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from", b"from"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRevocationsRequest: _TypeAlias = GetRevocationsRequest  # noqa: Y015
+
+@_typing.final
+class GetRevocationsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def position(self) -> Global___Position:
+        """The position that the whole answer leads to."""
+
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """How long ago this broker last read the shared store."""
+
+    @_builtins.property
+    def change(self) -> Global___RevocationChange: ...
+    def __init__(
+        self,
+        *,
+        position: Global___Position | None = ...,
+        age: _duration_pb2.Duration | None = ...,
+        change: Global___RevocationChange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "change", b"change", "position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "change", b"change", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRevocationsResponse: _TypeAlias = GetRevocationsResponse  # noqa: Y015
+
+@_typing.final
+class WatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELLO_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    GOODBYE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hello(self) -> Global___WatchHello: ...
+    @_builtins.property
+    def answer(self) -> Global___WatchAnswer: ...
+    @_builtins.property
+    def goodbye(self) -> Global___WatchGoodbye: ...
+    def __init__(
+        self,
+        *,
+        hello: Global___WatchHello | None = ...,
+        answer: Global___WatchAnswer | None = ...,
+        goodbye: Global___WatchGoodbye | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "goodbye", b"goodbye", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "goodbye", b"goodbye", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "answer", "goodbye"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class WatchHello(_message.Message):
+    """WatchHello introduces a verifier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    AUDIENCE_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    MAX_STALENESS_FIELD_NUMBER: _builtins.int
+    ACCEPTS_STALE_FIELD_NUMBER: _builtins.int
+    instance_id: _builtins.str
+    """Tells verifiers of one SPIFFE ID apart: 1 to 64 letters, digits, "-", "_" and ".", the same for the life of a verifier."""
+    audience: _builtins.str
+    """What it verifies tokens for."""
+    accepts_stale: _builtins.bool
+    """True for one that goes on with what is too old: it counts as one that polls, and no rotation waits for it."""
+    @_builtins.property
+    def position(self) -> Global___Position:
+        """What it has loaded; absent when nothing."""
+
+    @_builtins.property
+    def max_staleness(self) -> _duration_pb2.Duration:
+        """How old its knowledge may be before it refuses all tokens."""
+
+    def __init__(
+        self,
+        *,
+        instance_id: _builtins.str = ...,
+        audience: _builtins.str = ...,
+        position: Global___Position | None = ...,
+        max_staleness: _duration_pb2.Duration | None = ...,
+        accepts_stale: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_staleness", b"max_staleness", "position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_stale", b"accepts_stale", "audience", b"audience", "instance_id", b"instance_id", "max_staleness", b"max_staleness", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchHello: _TypeAlias = WatchHello  # noqa: Y015
+
+@_typing.final
+class WatchAnswer(_message.Message):
+    """WatchAnswer tells what the verifier has loaded, after each response."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts the answers of one stream, from 1."""
+    @_builtins.property
+    def position(self) -> Global___Position: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        position: Global___Position | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchAnswer: _TypeAlias = WatchAnswer  # noqa: Y015
+
+@_typing.final
+class WatchGoodbye(_message.Message):
+    """WatchGoodbye says that the verifier stops: nothing waits for it any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGoodbye: _TypeAlias = WatchGoodbye  # noqa: Y015
+
+@_typing.final
+class WatchResponse(_message.Message):
+    """WatchResponse is one push. Without key set and change it is a heartbeat."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    KEY_SET_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    answered: _builtins.int
+    """The number of the last answer that the broker had taken in when it wrote this; 0 before the first. What is told
+    here is not older than that answer, however long the response was on its way.
+    """
+    live: _builtins.bool
+    """True when rotations wait for this verifier."""
+    @_builtins.property
+    def position(self) -> Global___Position:
+        """Where the verifier is once it has loaded this response."""
+
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """How long ago this broker last read the keyring and the shared store, whichever is longer ago."""
+
+    @_builtins.property
+    def heartbeat(self) -> _duration_pb2.Duration:
+        """When the next response comes at the latest."""
+
+    @_builtins.property
+    def key_set(self) -> Global___GetKeySetResponse:
+        """Present when the keyring has another generation than the verifier."""
+
+    @_builtins.property
+    def change(self) -> Global___RevocationChange:
+        """Present when there are other revocations than the verifier has."""
+
+    def __init__(
+        self,
+        *,
+        position: Global___Position | None = ...,
+        age: _duration_pb2.Duration | None = ...,
+        answered: _builtins.int = ...,
+        heartbeat: _duration_pb2.Duration | None = ...,
+        key_set: Global___GetKeySetResponse | None = ...,
+        change: Global___RevocationChange | None = ...,
+        live: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "change", b"change", "heartbeat", b"heartbeat", "key_set", b"key_set", "position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "answered", b"answered", "change", b"change", "heartbeat", b"heartbeat", "key_set", b"key_set", "live", b"live", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
 
 @_typing.final
 class GetKeySetRequest(_message.Message):

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TrustServiceStub(object):
-    """TrustService tells verifiers which keys to trust.
+    """TrustService tells verifiers which keys to trust, and which tokens no longer.
     """
 
     def __init__(self, channel):
@@ -40,16 +40,43 @@ class TrustServiceStub(object):
                 request_serializer=carnet_dot_v1_dot_trust__pb2.GetKeySetRequest.SerializeToString,
                 response_deserializer=carnet_dot_v1_dot_trust__pb2.GetKeySetResponse.FromString,
                 _registered_method=True)
+        self.GetRevocations = channel.unary_stream(
+                '/carnet.v1.TrustService/GetRevocations',
+                request_serializer=carnet_dot_v1_dot_trust__pb2.GetRevocationsRequest.SerializeToString,
+                response_deserializer=carnet_dot_v1_dot_trust__pb2.GetRevocationsResponse.FromString,
+                _registered_method=True)
+        self.Watch = channel.stream_stream(
+                '/carnet.v1.TrustService/Watch',
+                request_serializer=carnet_dot_v1_dot_trust__pb2.WatchRequest.SerializeToString,
+                response_deserializer=carnet_dot_v1_dot_trust__pb2.WatchResponse.FromString,
+                _registered_method=True)
 
 
 class TrustServiceServicer(object):
-    """TrustService tells verifiers which keys to trust.
+    """TrustService tells verifiers which keys to trust, and which tokens no longer.
     """
 
     def GetKeySet(self, request, context):
         """GetKeySet returns the published signing keys of this issuer.
 
         It never answers with an empty set: a broker that has no keyring answers UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRevocations(self, request, context):
+        """GetRevocations returns what was revoked since a position, in parts, for verifiers that poll. Any workload that an
+        audience's served_by names may ask.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request_iterator, context):
+        """Watch pushes key sets and revocations as they change, and takes the verifier's acknowledgements. The first request
+        is a Hello, each further one an Answer to what came since, the last one, if there is time, a Goodbye. The caller
+        must be named by the served_by of an audience of the policy.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -63,6 +90,16 @@ def add_TrustServiceServicer_to_server(servicer, server):
                     request_deserializer=carnet_dot_v1_dot_trust__pb2.GetKeySetRequest.FromString,
                     response_serializer=carnet_dot_v1_dot_trust__pb2.GetKeySetResponse.SerializeToString,
             ),
+            'GetRevocations': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetRevocations,
+                    request_deserializer=carnet_dot_v1_dot_trust__pb2.GetRevocationsRequest.FromString,
+                    response_serializer=carnet_dot_v1_dot_trust__pb2.GetRevocationsResponse.SerializeToString,
+            ),
+            'Watch': grpc.stream_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=carnet_dot_v1_dot_trust__pb2.WatchRequest.FromString,
+                    response_serializer=carnet_dot_v1_dot_trust__pb2.WatchResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'carnet.v1.TrustService', rpc_method_handlers)
@@ -72,7 +109,7 @@ def add_TrustServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrustService(object):
-    """TrustService tells verifiers which keys to trust.
+    """TrustService tells verifiers which keys to trust, and which tokens no longer.
     """
 
     @staticmethod
@@ -92,6 +129,60 @@ class TrustService(object):
             '/carnet.v1.TrustService/GetKeySet',
             carnet_dot_v1_dot_trust__pb2.GetKeySetRequest.SerializeToString,
             carnet_dot_v1_dot_trust__pb2.GetKeySetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRevocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/carnet.v1.TrustService/GetRevocations',
+            carnet_dot_v1_dot_trust__pb2.GetRevocationsRequest.SerializeToString,
+            carnet_dot_v1_dot_trust__pb2.GetRevocationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/carnet.v1.TrustService/Watch',
+            carnet_dot_v1_dot_trust__pb2.WatchRequest.SerializeToString,
+            carnet_dot_v1_dot_trust__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TrustServiceStub:
-    """TrustService tells verifiers which keys to trust."""
+    """TrustService tells verifiers which keys to trust, and which tokens no longer."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -38,10 +38,19 @@ class TrustServiceStub:
 
     It never answers with an empty set: a broker that has no keyring answers UNAVAILABLE.
     """
+    GetRevocations: _grpc.UnaryStreamMultiCallable[_trust_pb2.GetRevocationsRequest, _trust_pb2.GetRevocationsResponse]
+    """GetRevocations returns what was revoked since a position, in parts, for verifiers that poll. Any workload that an
+    audience's served_by names may ask.
+    """
+    Watch: _grpc.StreamStreamMultiCallable[_trust_pb2.WatchRequest, _trust_pb2.WatchResponse]
+    """Watch pushes key sets and revocations as they change, and takes the verifier's acknowledgements. The first request
+    is a Hello, each further one an Answer to what came since, the last one, if there is time, a Goodbye. The caller
+    must be named by the served_by of an audience of the policy.
+    """
 
 @_typing.type_check_only
 class TrustServiceAsyncStub(TrustServiceStub):
-    """TrustService tells verifiers which keys to trust."""
+    """TrustService tells verifiers which keys to trust, and which tokens no longer."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetKeySet: _aio.UnaryUnaryMultiCallable[_trust_pb2.GetKeySetRequest, _trust_pb2.GetKeySetResponse]  # type: ignore[assignment]
@@ -49,9 +58,18 @@ class TrustServiceAsyncStub(TrustServiceStub):
 
     It never answers with an empty set: a broker that has no keyring answers UNAVAILABLE.
     """
+    GetRevocations: _aio.UnaryStreamMultiCallable[_trust_pb2.GetRevocationsRequest, _trust_pb2.GetRevocationsResponse]  # type: ignore[assignment]
+    """GetRevocations returns what was revoked since a position, in parts, for verifiers that poll. Any workload that an
+    audience's served_by names may ask.
+    """
+    Watch: _aio.StreamStreamMultiCallable[_trust_pb2.WatchRequest, _trust_pb2.WatchResponse]  # type: ignore[assignment]
+    """Watch pushes key sets and revocations as they change, and takes the verifier's acknowledgements. The first request
+    is a Hello, each further one an Answer to what came since, the last one, if there is time, a Goodbye. The caller
+    must be named by the served_by of an audience of the policy.
+    """
 
 class TrustServiceServicer(metaclass=_abc_1.ABCMeta):
-    """TrustService tells verifiers which keys to trust."""
+    """TrustService tells verifiers which keys to trust, and which tokens no longer."""
 
     @_abc_1.abstractmethod
     def GetKeySet(
@@ -62,6 +80,27 @@ class TrustServiceServicer(metaclass=_abc_1.ABCMeta):
         """GetKeySet returns the published signing keys of this issuer.
 
         It never answers with an empty set: a broker that has no keyring answers UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRevocations(
+        self,
+        request: _trust_pb2.GetRevocationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_trust_pb2.GetRevocationsResponse], _abc.AsyncIterator[_trust_pb2.GetRevocationsResponse]]:
+        """GetRevocations returns what was revoked since a position, in parts, for verifiers that poll. Any workload that an
+        audience's served_by names may ask.
+        """
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request_iterator: _MaybeAsyncIterator[_trust_pb2.WatchRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_trust_pb2.WatchResponse], _abc.AsyncIterator[_trust_pb2.WatchResponse]]:
+        """Watch pushes key sets and revocations as they change, and takes the verifier's acknowledgements. The first request
+        is a Hello, each further one an Answer to what came since, the last one, if there is time, a Goodbye. The caller
+        must be named by the served_by of an audience of the policy.
         """
 
 def add_TrustServiceServicer_to_server(servicer: TrustServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,8 +1,4 @@
-"""The ports of the broker: what the inside asks of the outside world. At most three methods each.
-
-Every port has one contract suite in ``tests/contract`` that each implementation runs, fakes included.
-Implementations are synchronous and thread-safe; they live in ``carnet_broker.edges`` and never import each other.
-"""
+"""The ports to Vault: where the private keys live, the keyring document, and the letter box of CI."""
 
 from __future__ import annotations
 
@@ -13,13 +9,9 @@ from typing import Any, Protocol
 
 from carnet.errors import CarnetError
 from carnet.jwk import PublicJWK
-from carnet_broker.core.ledger import IssueRecord, RefusalRecord
 from carnet_broker.core.requests import RequestKind, RequestResult, RequestStatus, RotationRequest
 
 __all__ = [
-    "AuditSink",
-    "AuditUnavailableError",
-    "Clock",
     "DocumentConflictError",
     "KeyLostError",
     "KeyStore",
@@ -54,23 +46,6 @@ class DocumentConflictError(CarnetError):
 
     code = "DOCUMENT_CONFLICT"
     retryable = True
-
-
-class AuditUnavailableError(CarnetError):
-    """A record could not be made durable, so nothing may be issued."""
-
-    code = "AUDIT_UNAVAILABLE"
-    retryable = True
-
-
-class Clock(Protocol):
-    """The two clocks of the outermost edge; below it, times are arguments."""
-
-    def now(self) -> datetime:
-        """Return the wall time, aware UTC."""
-
-    def mono(self) -> float:
-        """Return monotonic seconds; it does not go back, and may stand still while the machine sleeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +118,3 @@ class RotationRequests(Protocol):
 
     def sweep(self, *, before: datetime) -> int:
         """Delete requests, with their results, that were answered for good and made before `before`; say how many."""
-
-
-class AuditSink(Protocol):
-    """Where every issue and every refusal is recorded before the caller hears of it."""
-
-    def issue(self, records: Sequence[IssueRecord]) -> None:
-        """Make the intents to issue durable before returning: those of one call together, which costs what one costs.
-
-        Raises `AuditUnavailableError`; then nothing is issued, although some of the intents may stand in the record.
-        """
-
-    def refusal(self, record: RefusalRecord) -> None:
-        """Record a refusal; it may be dropped and counted, never raises, and never takes the space of an issue."""
-
-    def close(self) -> None:
-        """Write out what is held, and release the file."""
