@@ -29,7 +29,7 @@ from cryptography import x509
 
 from carnet import settings
 from carnet.claims import Claims, certificate_thumbprint
-from carnet.errors import ConfigError, InvalidTokenError, InvalidTokenReason, KeySetUnavailableError
+from carnet.errors import ConfigError, KeySetUnavailableError
 from carnet.identity import Identity, StrPath
 from carnet.keyset_polling import AsyncKeySetPoller, KeySetPoller
 from carnet.keyset_source import (
@@ -41,7 +41,7 @@ from carnet.keyset_source import (
     read_clocks,
 )
 from carnet.keysets import KeySetCache, KeySetRules, OnStale
-from carnet.verify import Binding, Expectations, parse_unverified, verify_token
+from carnet.verify import Binding, Expectations, UnverifiedToken, parse_unverified, verify_parsed
 
 __all__ = ["AsyncVerifier", "Verifier"]
 
@@ -110,23 +110,19 @@ class _Verification(ABC, Generic[_Source]):
     @abstractmethod
     def _source_over(self, servers: TrustServers) -> Callable[[], _Source]: ...
 
-    def _verify_known(self, token: str | bytes, thumbprint: str | None, now: datetime | None) -> Claims | None:
+    def _verify_known(self, unverified: UnverifiedToken, thumbprint: str | None, now: datetime | None) -> Claims | None:
         """Return the claims, None where the key is not at hand. Raises `InvalidTokenError`."""
         keys = self._cache.usable(read_clocks())
-        if keys is None:
+        key = None if keys is None else keys.get(unverified.kid)
+        if key is None:
             return None
-        try:
-            return verify_token(
-                token,
-                keys=keys,
-                expectations=self._expectations,
-                peer_thumbprint=thumbprint,
-                now=datetime.now(UTC) if now is None else now,
-            )
-        except InvalidTokenError as error:
-            if error.reason is InvalidTokenReason.UNKNOWN_KEY:
-                return None
-            raise
+        return verify_parsed(
+            unverified,
+            key=key,
+            expectations=self._expectations,
+            peer_thumbprint=thumbprint,
+            now=datetime.now(UTC) if now is None else now,
+        )
 
     def _usable(self) -> bool:
         return self._cache.usable(read_clocks()) is not None
@@ -180,10 +176,11 @@ class Verifier(_Verification[KeySetSource]):
         """
         poller = self._running()
         thumbprint = None if peer_certificate is None else certificate_thumbprint(peer_certificate)
-        claims = self._verify_known(token, thumbprint, now)
+        unverified = parse_unverified(token)  # Once: a flood of unknown keys costs this and little more.
+        claims = self._verify_known(unverified, thumbprint, now)
         if claims is None:
-            poller.obtain(parse_unverified(token).kid)
-            claims = self._verify_known(token, thumbprint, now)
+            poller.obtain(unverified.kid)
+            claims = self._verify_known(unverified, thumbprint, now)
         if claims is None:
             raise self._lost()
         return claims
@@ -255,10 +252,11 @@ class AsyncVerifier(_Verification[AsyncKeySetSource]):
         """Do what `Verifier.verify` does; waiting for an unknown key holds up this task only."""
         poller = self._running()
         thumbprint = None if peer_certificate is None else certificate_thumbprint(peer_certificate)
-        claims = self._verify_known(token, thumbprint, now)
+        unverified = parse_unverified(token)  # Once: a flood of unknown keys costs this and little more.
+        claims = self._verify_known(unverified, thumbprint, now)
         if claims is None:
-            await poller.obtain(parse_unverified(token).kid)
-            claims = self._verify_known(token, thumbprint, now)
+            await poller.obtain(unverified.kid)
+            claims = self._verify_known(unverified, thumbprint, now)
         if claims is None:
             raise self._lost()
         return claims

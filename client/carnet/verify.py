@@ -44,6 +44,7 @@ __all__ = [
     "encode_unsigned",
     "parse_unverified",
     "raw_signature",
+    "verify_parsed",
     "verify_signature",
     "verify_token",
 ]
@@ -158,6 +159,18 @@ def verify_token(
     if key is None:
         msg = f"no published key has kid {unverified.kid}"
         raise InvalidTokenError(InvalidTokenReason.UNKNOWN_KEY, msg)
+    return verify_parsed(unverified, key=key, expectations=expectations, peer_thumbprint=peer_thumbprint, now=now)
+
+
+def verify_parsed(
+    unverified: UnverifiedToken,
+    *,
+    key: PublicJWK,
+    expectations: Expectations,
+    peer_thumbprint: str | None,
+    now: datetime,
+) -> Claims:
+    """Do the rest of `verify_token`: all that comes after the look-up of the key, which must be that of the `kid`."""
     verify_signature(key, unverified.signing_input, unverified.signature)
     claims = claims_of_payload(unverified.unverified_payload)
     check_claims(claims, expectations=expectations, peer_thumbprint=peer_thumbprint, now=now)
