@@ -5,6 +5,8 @@ Rules:
 - A record is one line of printable ASCII: a JSON object and a line feed. Whatever a peer puts into a field, it can
   neither end the line, nor start another, nor steer a terminal that shows it (CR LF, U+2028, ESC and DEL are escaped).
 - A field is cut at a stated length, and says so. A line is at most `MAX_LINE_BYTES`.
+- An issue is recorded whole: its fields were checked. A refusal holds what a stranger sent, as often as it sends it, so
+  its fields are cut by what they take in the file, and its line is at most `MAX_REFUSAL_BYTES`.
 - A token is never in a record. Its name (`jti`), which revokes it, is.
 - An issue is recorded before the token exists, so it is an intent: it counts as issued, although the token may never
   have left.
@@ -18,27 +20,36 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-__all__ = ["MAX_LINE_BYTES", "DroppedRecord", "IssueRecord", "OpenedRecord", "RefusalRecord"]
+__all__ = ["MAX_LINE_BYTES", "MAX_REFUSAL_BYTES", "DroppedRecord", "IssueRecord", "OpenedRecord", "RefusalRecord"]
 
 MAX_LINE_BYTES: Final = 256 * 1024
 """No line is longer, whatever its fields hold. The line of an issue is about 500 bytes."""
 
+MAX_REFUSAL_BYTES: Final = 4096
+"""No line about a refusal is longer. The fields without the scopes take less, and scopes the rest."""
+
 _VERSION: Final = 1
 """The form of the lines, their member ``v``."""
 
+_LONGEST_ESCAPE: Final = 12
+"""Bytes of one character, escaped: two surrogates of six each (RFC 8259 section 7)."""
+
 _MAX_TEXT: Final = 256
-"""Characters of a short field, each of which is at most 12 bytes when it is escaped."""
+"""Characters of a short field; in a refusal, bytes of its escaped form."""
 
 _MAX_SPIFFE_ID: Final = 2048
-"""Characters of a SPIFFE ID (SPIFFE ID section 2.3)."""
+"""Characters of a SPIFFE ID (SPIFFE ID section 2.3), all of them ASCII."""
 
 _MAX_SCOPES: Final = 64
-"""Scopes that are recorded. A token has no more; a request that has more is refused, and its record has their count."""
+"""Scopes of an issue. A token has no more."""
 
-_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+_MAX_SCOPES_REFUSED: Final = 8
+"""Scopes of a refusal: what was asked for is seen from the first ones, and the record has their count."""
 
 _MAX_SCOPE: Final = 128
 """Characters of a scope."""
+
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +119,7 @@ class RefusalRecord:
     audience: str = ""
     """What was asked for."""
     scopes: tuple[str, ...] = ()
-    """What was asked for. The first 64 are recorded."""
+    """What was asked for. The first 8 are recorded while there is room, and the count of all where some are not."""
     certificate: str = ""
     """The caller's leaf, by its ``x5t#S256``."""
     policy: str = ""
@@ -120,7 +131,7 @@ class RefusalRecord:
 
     def to_line(self) -> bytes:
         """Return the record as a line."""
-        members: dict[str, Any] = {"reason": _text(self.reason, _MAX_TEXT)}
+        members: dict[str, Any] = {"reason": _cut(self.reason, _MAX_TEXT)}
         for name, value, limit in (
             ("sub", self.subject, _MAX_SPIFFE_ID),
             ("aud", self.audience, _MAX_TEXT),
@@ -130,12 +141,17 @@ class RefusalRecord:
             ("detail", self.detail, _MAX_TEXT),
         ):
             if value:
-                members[name] = _text(value, limit)
-        if self.scopes:
-            members["scope"] = _scopes(self.scopes)
-        if len(self.scopes) > _MAX_SCOPES:
-            members["scopes_asked"] = len(self.scopes)
-        return _line("refusal", self.at, members)
+                members[name] = _cut(value, limit)
+        scopes = [_cut(scope, _MAX_SCOPE) for scope in self.scopes[:_MAX_SCOPES_REFUSED]]
+        while True:
+            if scopes:
+                members["scope"] = scopes
+            if len(scopes) < len(self.scopes):
+                members["scopes_asked"] = len(self.scopes)
+            line = _line("refusal", self.at, members)
+            if len(line) <= MAX_REFUSAL_BYTES:
+                return line
+            scopes.pop()  # There are some: without them the line is shorter.
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +168,12 @@ class DroppedRecord:
 
 
 def _line(kind: str, at: datetime, members: dict[str, Any]) -> bytes:
-    text = _encode({"v": _VERSION, "kind": kind, "at": _time(at), **members})
+    return _escaped({"v": _VERSION, "kind": kind, "at": _time(at), **members}).encode("ascii") + b"\n"
+
+
+def _escaped(value: Any) -> str:  # noqa: ANN401 - whatever JSON can say
     # JSON's ASCII form escapes all that is not ASCII, and all controls (RFC 8259 section 7) but this one.
-    return text.replace("\x7f", "\\u007f").encode("ascii") + b"\n"
+    return _encode(value).replace("\x7f", "\\u007f")
 
 
 def _time(at: datetime) -> str:
@@ -164,6 +183,14 @@ def _time(at: datetime) -> str:
 
 def _scopes(scopes: tuple[str, ...]) -> list[str]:
     return [_text(scope, _MAX_SCOPE) for scope in scopes[:_MAX_SCOPES]]
+
+
+def _cut(text: str, limit: int) -> str:
+    """Return `text`, cut where its escaped form takes more than `limit` bytes."""
+    kept = min(len(text), limit)
+    while (over := len(_escaped(text[:kept])) - len('""') - limit) > 0:
+        kept -= -(-over // _LONGEST_ESCAPE)  # At least so many characters are too many.
+    return _text(text, kept)
 
 
 def _text(text: str, limit: int) -> str:

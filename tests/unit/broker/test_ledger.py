@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carnet_broker.core.ledger import MAX_LINE_BYTES, DroppedRecord, IssueRecord, OpenedRecord, RefusalRecord
+from carnet_broker.core.ledger import (
+    MAX_LINE_BYTES,
+    MAX_REFUSAL_BYTES,
+    DroppedRecord,
+    IssueRecord,
+    OpenedRecord,
+    RefusalRecord,
+)
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, 123456, tzinfo=UTC)
 ISSUE = IssueRecord(
@@ -149,7 +156,7 @@ def test_b10_no_text_gets_out_of_its_field(text: str):
             reason=text,
             subject=text,
             audience=text,
-            scopes=(text,) * 3,
+            scopes=(text,),
             certificate=text,
             policy=text,
             peer=text,
@@ -179,13 +186,45 @@ def test_a_field_is_cut_at_its_limit_and_says_so(length: int):
     assert ("a" * length if length <= 256 else "a" * 256 + "...(257 characters)") == cut
 
 
-@pytest.mark.parametrize(("count", "told"), [(0, None), (64, None), (65, 65), (10_000, 10_000)])
-def test_a_long_list_of_scopes_is_cut_and_counted(count: int, told: int | None):
-    """64 are recorded, which is all that a token can have."""
+@pytest.mark.parametrize(("count", "told"), [(0, None), (8, None), (9, 9), (64, 64), (10_000, 10_000)])
+def test_b10_a_long_list_of_scopes_that_were_refused_is_cut_and_counted(count: int, told: int | None):
+    """Eight are recorded: whoever is refused chooses how many there are, and how often."""
     members = parsed(RefusalRecord(at=NOW, reason="R", scopes=("s",) * count).to_line())
 
-    assert min(count, 64) == len(members.get("scope", []))
+    assert min(count, 8) == len(members.get("scope", []))
     assert told == members.get("scopes_asked")
+
+
+def test_an_issue_has_all_of_its_scopes():
+    """The twin: 64, of 128 characters each, is all that a token can have; none is cut."""
+    scopes = tuple(f"{number:03}" + "s" * 125 for number in range(64))
+
+    assert list(scopes) == parsed(replace(ISSUE, scopes=scopes).to_line())["scope"]
+
+
+@pytest.mark.parametrize("text", ["A" * 5000, "\U0001f600" * 5000, '"' * 5000, "\x7f" * 5000, "\x00a" * 5000])
+def test_b10_a_refusal_takes_no_more_than_its_part_of_the_disk(text: str):
+    """4,096 bytes, whatever a stranger sends: what is long when it is escaped is cut sooner, and says so."""
+    fields = dict.fromkeys(("reason", "subject", "audience", "certificate", "policy", "peer", "detail"), text)
+    line = RefusalRecord(at=NOW, scopes=(text,) * 10_000, **fields).to_line()
+    members = parsed(line)
+
+    assert len(line) <= MAX_REFUSAL_BYTES
+    assert 10_000 == members["scopes_asked"]
+    assert members["aud"].endswith(f"...({len(text)} characters)")
+
+
+def test_a_refusal_keeps_the_scopes_that_there_is_room_for():
+    """Eight of 128 characters beside a name of usual length; beside fields that are all full, the first ones."""
+    scopes = tuple(f"{number}" + "s" * 127 for number in range(8))
+    usual = RefusalRecord(at=NOW, reason="R", subject="spiffe://prod.example/" + "s" * 500, scopes=scopes)
+    full = dict.fromkeys(("reason", "audience", "certificate", "policy", "peer", "detail"), "x" * 256)
+
+    assert list(scopes) == parsed(usual.to_line())["scope"]
+    members = parsed(replace(usual, subject="s" * 2048, **full).to_line())
+    assert 8 == members["scopes_asked"]
+    assert scopes[:2] == tuple(members["scope"])
+    assert ["s" * 2048, "x" * 256] == [members["sub"], members["detail"]]
 
 
 def test_the_longest_line_is_within_the_promise():
@@ -226,7 +265,7 @@ def test_b10_no_text_at_all_gets_out_of_its_field(text: str, scope: str):
     members = parsed(RefusalRecord(at=NOW, reason="R", audience=text, scopes=(scope,), peer=text).to_line())
 
     whole = text.encode("utf-8", "replace").decode("utf-8")
-    if 0 < len(text) <= 256:
+    if 0 < len(text) <= 21:  # Of 12 bytes each, in the 256 that there are.
         assert whole == members["aud"]
     assert 1 == len(members["scope"])
 
