@@ -6,6 +6,7 @@
     ├─ ConfigError                     fix your configuration, or a file that it names
     ├─ InvalidIdentityError            a certificate or a name that is not a SPIFFE identity
     ├─ InvalidKeySetError              published keys that break the rules; the last good set stays
+    ├─ InvalidRevocationError          a revocation that cannot be; what was loaded before stays
     ├─ TokenError                      no token could be had
     │  ├─ BrokerUnavailableError       retryable: the broker could not be reached, or could not answer
     │  └─ RequestDeniedError           the broker said no, and why
@@ -26,6 +27,7 @@ __all__ = [
     "ConfigError",
     "InvalidIdentityError",
     "InvalidKeySetError",
+    "InvalidRevocationError",
     "InvalidTokenError",
     "InvalidTokenReason",
     "KeySetUnavailableError",
@@ -60,6 +62,12 @@ class InvalidKeySetError(CarnetError):
     """A key, or a set of keys, breaks the rules for published keys; the set that was loaded before stays."""
 
     code = "INVALID_KEY_SET"
+
+
+class InvalidRevocationError(CarnetError):
+    """A revocation breaks the rules, or does not follow from those that were loaded; those stay."""
+
+    code = "INVALID_REVOCATION"
 
 
 class TokenError(CarnetError):
@@ -104,6 +112,7 @@ class InvalidTokenReason(StrEnum):
     WRONG_CONFIRMATION = "WRONG_CONFIRMATION"
     NO_PEER_CERTIFICATE = "NO_PEER_CERTIFICATE"
     INSUFFICIENT_SCOPE = "INSUFFICIENT_SCOPE"
+    REVOKED = "REVOKED"
 
 
 class InvalidTokenError(CarnetError):

@@ -1,12 +1,57 @@
-"""Revocations: what they name, how long they last, and which tokens they refuse. Pure: no clock, no I/O."""
+"""Revocations: what they name, how long they last, and which tokens they refuse. Pure: no clock, no I/O.
+
+Rules
+-----
+1. The log of revocations is one sequence; versions grow by one with each entry, and never go back within an epoch.
+   `next_digest` chains the entries, so two sides with the same version and digest know the same.
+2. A TOKEN is refused by its jti, never by its text: a signature has more than one spelling (ECDSA is malleable).
+3. A SUBJECT is refused by version: the token says in `rv` which revocations its issuer had applied. No clock has a say
+   in what was issued before and what after.
+4. A BLOCK refuses every token of its subject until a LIFT of a higher version.
+5. An entry leaves a set when nothing is left that it could refuse, and not before: `expire` wants a time that does not
+   run ahead (`lagging_time`).
+6. Of entries that refuse the same, the one that refuses longest and most stays.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from typing import Final
 
-__all__ = ["Position", "Revocation", "RevocationKind"]
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from carnet.claims import Claims, certificate_thumbprint, is_token_id
+from carnet.encoding import base64url
+from carnet.errors import InvalidIdentityError, InvalidRevocationError
+from carnet.jwk import is_thumbprint
+from carnet.spiffe import SpiffeID
+
+__all__ = [
+    "GENESIS_DIGEST",
+    "Position",
+    "Revocation",
+    "RevocationKind",
+    "RevocationSet",
+    "certificate_names",
+    "check_entry",
+    "lagging_time",
+    "next_digest",
+    "parse_certificate_name",
+]
+
+GENESIS_DIGEST: Final = bytes(32)
+"""The digest of an epoch before its first entry."""
+
+_LAST_VERSION: Final = 2**53 - 1  # As for `rv`: the last whole number that every JSON reader keeps exact (RFC 8259).
+_SERIAL: Final = re.compile(r"(0|[1-9a-f][0-9a-f]{0,63})")
+_EPOCH_START: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_SECOND: Final = timedelta(seconds=1)
 
 
 class RevocationKind(StrEnum):
@@ -26,6 +71,10 @@ class RevocationKind(StrEnum):
     """Ends a block; the tokens whose `rv` is below `before_version` stay refused."""
 
 
+_BY_TOKEN: Final = frozenset({RevocationKind.TOKEN, RevocationKind.ROOT})
+_BY_SUBJECT: Final = frozenset({RevocationKind.SUBJECT, RevocationKind.BLOCK, RevocationKind.LIFT})
+
+
 @dataclass(frozen=True, slots=True)
 class Revocation:
     """One entry of the log of revocations."""
@@ -34,11 +83,11 @@ class Revocation:
     """Grows by one with each entry of an epoch."""
     kind: RevocationKind
     value: str
-    """A jti, a SPIFFE ID, or a certificate: ``sha256:``, ``spki-sha256:`` or ``serial:``, see `certificate_names`."""
+    """A jti, a SPIFFE ID, or a certificate in one of the forms of `certificate_names`."""
     before_version: int
     """For SUBJECT, BLOCK and LIFT; 0 for the others."""
     expires_at: datetime | None
-    """From here on nothing is left to refuse, aware UTC; None for a BLOCK."""
+    """From here on nothing is left to refuse: aware UTC, whole seconds. None for a BLOCK that lasts until lifted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +101,210 @@ class Position:
     revocation_version: int
     revocation_digest: bytes
     """The running hash over all revocations of the epoch up to that version: `next_digest`."""
+
+
+def next_digest(previous: bytes, entry: Revocation) -> bytes:
+    """Return the digest after `entry`, where the one before it was `previous`: SHA-256 over both."""
+    seconds = "" if entry.expires_at is None else str((entry.expires_at - _EPOCH_START) // _SECOND)
+    # No part can hold a line break: `check_entry`. So no two entries have one text.
+    text = f"{entry.version}\n{entry.kind}\n{entry.value}\n{entry.before_version}\n{seconds}"
+    return hashlib.sha256(previous + text.encode("ascii")).digest()
+
+
+def check_entry(entry: Revocation) -> None:
+    """Raise `InvalidRevocationError` for an entry that cannot be: wrong value for its kind, versions or end."""
+    if not 0 < entry.version <= _LAST_VERSION:
+        msg = f"the revocation has version {entry.version}"
+        raise InvalidRevocationError(msg)
+    if entry.kind in _BY_TOKEN:
+        sound = is_token_id(entry.value)
+    elif entry.kind in _BY_SUBJECT:
+        sound = _is_spiffe_id(entry.value)
+    else:
+        sound = _is_certificate_name(entry.value)
+    if not sound:
+        msg = f"revocation {entry.version} of kind {entry.kind} cannot name {entry.value[:80]!r}"
+        raise InvalidRevocationError(msg)
+    by_version = entry.kind in _BY_SUBJECT
+    if not (0 < entry.before_version <= _LAST_VERSION if by_version else entry.before_version == 0):
+        msg = f"revocation {entry.version} of kind {entry.kind} cannot have before_version {entry.before_version}"
+        raise InvalidRevocationError(msg)
+    ends = entry.expires_at
+    if ends is None and entry.kind is not RevocationKind.BLOCK:
+        msg = f"revocation {entry.version} of kind {entry.kind} has no end"
+        raise InvalidRevocationError(msg)
+    if ends is not None and (ends.utcoffset() != timedelta() or ends.microsecond):
+        msg = f"revocation {entry.version} ends at {ends}, which is not a whole second in UTC"
+        raise InvalidRevocationError(msg)
+
+
+def certificate_names(certificate: x509.Certificate) -> frozenset[str]:
+    """Return the three names that a revocation may call `certificate` by.
+
+    ``sha256:`` and its thumbprint (``x5t#S256``), ``spki-sha256:`` and the SHA-256 of its public key, both in
+    base64url; ``serial:`` with its number in lower-case hex, ``:`` and the SHA-256 of its issuer's name.
+    """
+    key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return frozenset(
+        {
+            f"sha256:{certificate_thumbprint(certificate)}",
+            f"spki-sha256:{_sha256(key)}",
+            f"serial:{certificate.serial_number:x}:{_sha256(certificate.issuer.public_bytes())}",
+        }
+    )
+
+
+def parse_certificate_name(text: str) -> str:
+    """Return `text` if it is one of the forms of `certificate_names`. Raises `InvalidRevocationError`."""
+    form, _, rest = text.partition(":")
+    match form:
+        case "sha256" | "spki-sha256":
+            sound = is_thumbprint(rest)
+        case "serial":
+            number, _, issuer = rest.partition(":")
+            sound = _SERIAL.fullmatch(number) is not None and is_thumbprint(issuer)
+        case _:
+            sound = False
+    if not sound:
+        msg = (
+            f"{text[:80]!r} names no certificate: give sha256:THUMBPRINT, spki-sha256:HASH or serial:HEX:ISSUER-HASH,"
+            " with SHA-256 in base64url"
+        )
+        raise InvalidRevocationError(msg)
+    return text
+
+
+def lagging_time(*, started: datetime, elapsed: timedelta, wall: datetime) -> datetime:
+    """Return a time that is not ahead of the real one, however the wall clock was set since `started`.
+
+    `elapsed` is the monotonic time since `started` was read off the wall. A wall clock that jumps ahead is not
+    believed; one that stands behind is. So what is cleaned up by this time is over.
+    """
+    return min(wall, started + elapsed)
+
+
+class RevocationSet:
+    """The revocations in force. One writer, under its own lock; read by any thread, without."""
+
+    def __init__(self, entries: Iterable[Revocation] = ()) -> None:
+        # Entries by what they name. A tuple is replaced whole, so a reader sees the one of before or the one of after.
+        self._tokens: dict[str, tuple[Revocation, ...]] = {}
+        self._subjects: dict[str, tuple[Revocation, ...]] = {}
+        self._certificates: dict[str, tuple[Revocation, ...]] = {}
+        self.add(entries)
+
+    def __len__(self) -> int:
+        return sum(len(kept) for index in self._indexes() for kept in index.values())
+
+    def __repr__(self) -> str:
+        return f"RevocationSet({len(self)} entries)"
+
+    def add(self, entries: Iterable[Revocation]) -> None:
+        """Enter `entries`, in any order. An entry that is there already changes nothing."""
+        for entry in entries:
+            index = self._index(entry.kind)
+            index[entry.value] = _united(index.get(entry.value, ()), entry)
+
+    def expire(self, now: datetime) -> int:
+        """Drop what has ended by `now`, a time that is not ahead (see `lagging_time`); say how many."""
+        dropped = 0
+        for index in self._indexes():
+            for value, kept in list(index.items()):
+                left = tuple(entry for entry in kept if entry.expires_at is None or entry.expires_at > now)
+                dropped += len(kept) - len(left)
+                if not left:
+                    del index[value]
+                elif len(left) < len(kept):
+                    index[value] = left
+        return dropped
+
+    def entries(self) -> tuple[Revocation, ...]:
+        """Return all entries, by version."""
+        everything = [entry for index in self._indexes() for kept in index.values() for entry in kept]
+        return tuple(sorted(everything, key=lambda entry: entry.version))
+
+    def refusal(self, claims: Claims, *, peer_names: frozenset[str] = frozenset()) -> Revocation | None:
+        """Return an entry that refuses the token of `claims`, None where none does.
+
+        `peer_names` are the `certificate_names` of the caller's certificate, where it is known.
+        """
+        found = self._tokens.get(claims.token_id)
+        if found:
+            return found[0]
+        if self._subjects:
+            for subject in {str(claims.subject), str(claims.client_id)}:
+                for entry in self._subjects.get(subject, ()):
+                    if entry.kind is RevocationKind.BLOCK or claims.revocation_version < entry.before_version:
+                        return entry
+        if self._certificates:
+            if claims.confirmation is not None:
+                peer_names |= {f"sha256:{claims.confirmation}"}
+            return self.revokes_certificate(peer_names)
+        return None
+
+    def revokes_certificate(self, names: Iterable[str]) -> Revocation | None:
+        """Return an entry that revokes the certificate of these `certificate_names`, None where none does."""
+        return next((found[0] for name in names if (found := self._certificates.get(name))), None)
+
+    def blocks(self, spiffe_id: str) -> Revocation | None:
+        """Return the block of `spiffe_id` that is in force, None where there is none."""
+        kept = self._subjects.get(spiffe_id, ())
+        return next((entry for entry in kept if entry.kind is RevocationKind.BLOCK), None)
+
+    def _indexes(self) -> tuple[dict[str, tuple[Revocation, ...]], ...]:
+        return (self._tokens, self._subjects, self._certificates)
+
+    def _index(self, kind: RevocationKind) -> dict[str, tuple[Revocation, ...]]:
+        if kind in _BY_TOKEN:
+            return self._tokens
+        return self._subjects if kind in _BY_SUBJECT else self._certificates
+
+
+def _united(kept: Sequence[Revocation], new: Revocation) -> tuple[Revocation, ...]:
+    """Return `kept` and `new` without those that others outdo (rules 4 and 6)."""
+    lifted = max((entry.version for entry in (*kept, new) if entry.kind is RevocationKind.LIFT), default=0)
+    candidates = [entry for entry in (*kept, new) if entry.kind is not RevocationKind.BLOCK or entry.version > lifted]
+    return tuple(
+        entry
+        for place, entry in enumerate(candidates)
+        if not any(
+            _outdoes(other, entry, first=other_place < place)
+            for other_place, other in enumerate(candidates)
+            if other_place != place
+        )
+    )
+
+
+def _outdoes(one: Revocation, other: Revocation, *, first: bool) -> bool:
+    """Say whether `one` refuses all that `other` refuses, as long and longer. Of two alike the `first` does."""
+    if (one.kind is RevocationKind.BLOCK) is not (other.kind is RevocationKind.BLOCK):
+        return False  # A block says nothing of what holds after it is lifted.
+    if one.kind is not other.kind and RevocationKind.LIFT in {one.kind, other.kind} and one.version < other.version:
+        return False  # A later LIFT ends blocks that an earlier entry does not.
+    if one.kind is RevocationKind.SUBJECT and other.kind is RevocationKind.LIFT:
+        return False
+    if one.kind is not other.kind and one.kind is RevocationKind.TOKEN:
+        return False  # A ROOT refuses what was derived from the token as well.
+    reach = one.before_version >= other.before_version
+    lasts = one.expires_at is None or (other.expires_at is not None and one.expires_at >= other.expires_at)
+    alike = one.before_version == other.before_version and one.expires_at == other.expires_at and one.kind is other.kind
+    return reach and lasts and (first or not alike)
+
+
+def _is_spiffe_id(text: str) -> bool:
+    try:
+        return str(SpiffeID.parse(text)) == text
+    except InvalidIdentityError:
+        return False
+
+
+def _is_certificate_name(text: str) -> bool:
+    try:
+        parse_certificate_name(text)
+    except InvalidRevocationError:
+        return False
+    return True
+
+
+def _sha256(raw: bytes) -> str:
+    return base64url(hashlib.sha256(raw).digest()).decode("ascii")
