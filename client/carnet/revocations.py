@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -73,6 +73,8 @@ class RevocationKind(StrEnum):
 
 _BY_TOKEN: Final = frozenset({RevocationKind.TOKEN, RevocationKind.ROOT})
 _BY_SUBJECT: Final = frozenset({RevocationKind.SUBJECT, RevocationKind.BLOCK, RevocationKind.LIFT})
+_FINAL: Final = frozenset({RevocationKind.BLOCK, RevocationKind.LIFT})
+"""Of these two the latest decides: what comes before it is over, and must not come back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,35 +262,29 @@ class RevocationSet:
         return self._subjects if kind in _BY_SUBJECT else self._certificates
 
 
-def _united(kept: Sequence[Revocation], new: Revocation) -> tuple[Revocation, ...]:
-    """Return `kept` and `new` without those that others outdo (rules 4 and 6)."""
-    lifted = max((entry.version for entry in (*kept, new) if entry.kind is RevocationKind.LIFT), default=0)
-    candidates = [entry for entry in (*kept, new) if entry.kind is not RevocationKind.BLOCK or entry.version > lifted]
-    return tuple(
-        entry
-        for place, entry in enumerate(candidates)
-        if not any(
-            _outdoes(other, entry, first=other_place < place)
-            for other_place, other in enumerate(candidates)
-            if other_place != place
-        )
-    )
+def _united(kept: Iterable[Revocation], new: Revocation) -> tuple[Revocation, ...]:
+    """Return `kept` and `new` without those that others outdo (rules 4 and 6), the newest first."""
+    together = sorted((*kept, new), key=lambda entry: entry.version, reverse=True)
+    lifted = max((entry.version for entry in together if entry.kind is RevocationKind.LIFT), default=0)
+    united: list[Revocation] = []
+    for entry in together:
+        if entry.kind is RevocationKind.BLOCK and entry.version <= lifted:
+            continue
+        if not any(_outdoes(other, entry) for other in united):
+            united = [other for other in united if not _outdoes(entry, other)]
+            united.append(entry)
+    return tuple(united)
 
 
-def _outdoes(one: Revocation, other: Revocation, *, first: bool) -> bool:
-    """Say whether `one` refuses all that `other` refuses, as long and longer. Of two alike the `first` does."""
+def _outdoes(one: Revocation, other: Revocation) -> bool:
+    """Say whether with `one` in force `other` changes nothing."""
     if (one.kind is RevocationKind.BLOCK) is not (other.kind is RevocationKind.BLOCK):
-        return False  # A block says nothing of what holds after it is lifted.
-    if one.kind is not other.kind and RevocationKind.LIFT in {one.kind, other.kind} and one.version < other.version:
-        return False  # A later LIFT ends blocks that an earlier entry does not.
-    if one.kind is RevocationKind.SUBJECT and other.kind is RevocationKind.LIFT:
+        return False  # A block says nothing of what holds after it is lifted, nor the others of what it refuses.
+    if other.kind in _FINAL and (one.kind is not other.kind or one.version < other.version):
         return False
-    if one.kind is not other.kind and one.kind is RevocationKind.TOKEN:
-        return False  # A ROOT refuses what was derived from the token as well.
-    reach = one.before_version >= other.before_version
     lasts = one.expires_at is None or (other.expires_at is not None and one.expires_at >= other.expires_at)
-    alike = one.before_version == other.before_version and one.expires_at == other.expires_at and one.kind is other.kind
-    return reach and lasts and (first or not alike)
+    reaches = one.before_version >= other.before_version or one.kind is RevocationKind.BLOCK
+    return lasts and reaches and (one.kind is not RevocationKind.TOKEN or other.kind is RevocationKind.TOKEN)
 
 
 def _is_spiffe_id(text: str) -> bool:
