@@ -20,7 +20,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hvac.exceptions import VaultError
 
 from carnet.errors import CarnetError, ConfigError
+from carnet_broker.demo.children import ending_with_us
 
 __all__ = ["OpenBao", "OpenBaoError", "openbao_binary"]
 
@@ -45,17 +45,6 @@ _START_WITHIN: Final = 20.0
 _STOP_WITHIN: Final = 5.0
 _ATTEMPTS: Final = 3
 """Between finding a free port and binding it, somebody else may take it."""
-
-# Runs between fork and exec: asks the kernel to kill the server when the thread that started it is gone
-# (prctl(2), PR_SET_PDEATHSIG = 1, kept across exec). A program of its own, because a `preexec_fn` may deadlock in a
-# process that has threads.
-_DIE_WITH_PARENT: Final = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class OpenBaoError(CarnetError):
@@ -210,13 +199,12 @@ class OpenBao:
     def _launch(self, binary: Path) -> None:
         """Start the process, and wait until it answers, sealed or not."""
         server = [str(binary), "server", f"-config={self.directory / 'openbao.json'}"]
-        command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *server]
         environment = {"PATH": os.defpath, "HOME": str(self.directory)}
         descriptor = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as log:
             self._process = self._starter.submit(
                 subprocess.Popen,
-                command,
+                ending_with_us(server),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

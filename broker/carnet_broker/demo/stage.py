@@ -1,7 +1,7 @@
 """The set-up of the demo: OpenBao, its bootstrap, a broker, and the payments service, as processes of their own.
 
 Everything is real and everything is thrown away: certificates from OpenBao's PKI, keys in its KV or Transit engine,
-mutual TLS, one directory. Whatever happens, the processes end with the stage.
+mutual TLS, one directory. Whatever happens, the processes end with the stage, also when it is killed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Final, Self
 
 from carnet import Identity
 from carnet.errors import CarnetError
+from carnet_broker.demo.children import ending_with_us
 from carnet_broker.demo.openbao import OpenBao, OpenBaoError
 
 __all__ = ["ISSUER", "Stage", "StageError"]
@@ -71,7 +72,8 @@ class StageError(CarnetError):
 def _running_thread() -> ThreadPoolExecutor:
     """Return a thread that starts processes: a signal breaks off the main thread at any point, and never this one.
 
-    So no process starts without being noted. It runs already: a pool whose start of a thread is broken off forgets it.
+    So no process starts without being noted, and each ends when this thread does (see `children`). It runs already: a
+    pool whose start of a thread is broken off forgets it.
     """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage-starter")
     pool.submit(int).result()
@@ -113,7 +115,7 @@ class Stage:
 
     def close(self) -> None:
         """End every process: services first, then the broker, then OpenBao."""
-        self._starter.shutdown(cancel_futures=True)
+        self._starter.submit(int).result()  # A start that is under way is noted after that.
         for _, process in reversed(self._processes):
             process.send_signal(signal.SIGTERM)
         for _, process in reversed(self._processes):
@@ -122,6 +124,7 @@ class Stage:
             except subprocess.TimeoutExpired:
                 process.kill()
         self._processes.clear()
+        self._starter.shutdown()  # Not before: its end is the end of what it started.
         self.vault.stop()
 
     def ended(self) -> list[str]:
@@ -189,7 +192,7 @@ class Stage:
     def _start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with (self.directory / f"{name}.out").open("wb") as out, self._log(name).open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                ending_with_us([sys.executable, "-m", *command]),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
