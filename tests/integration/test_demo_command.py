@@ -114,7 +114,63 @@ def test_what_is_no_directory_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
     done = subprocess.run([*DEMO, "--dir", str(file)], capture_output=True, text=True, timeout=LONG, check=False)
-    expected = f"error: the demo cannot use {file} .it is no directory.: give --dir a directory that you may write"
+    expected = (
+        f"error: the demo cannot use {file} .it is no directory.: give --dir a directory that you alone may write"
+    )
     assert 2 == done.returncode
     assert re.match(expected, done.stderr)
     assert "mine" == file.read_text()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_directory_that_others_may_write_is_refused(mode: int, tmp_path: Path) -> None:
+    """It would hold private keys and the policy. Nothing is put into it; the remedy is said."""
+    directory = tmp_path / "open"
+    directory.mkdir()
+    directory.chmod(mode)
+    expected = (
+        f"error: the demo cannot use {directory} (others may write to it, its mode is {mode:04o}): give --dir a"
+        " directory that you alone may write, or a new one\n"
+    )
+    done = subprocess.run([*DEMO, "--dir", str(directory)], capture_output=True, text=True, timeout=LONG, check=False)
+    assert (2, expected) == (done.returncode, done.stderr)
+    assert [] == list(directory.iterdir())
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_symbolic_link_in_place_of_the_directory_is_refused(*, exists: bool, tmp_path: Path) -> None:
+    """Whoever made it chose where the keys go. Where it leads to is left alone."""
+    target, link = tmp_path / "target", tmp_path / "link"
+    if exists:
+        target.mkdir(mode=0o700)
+    link.symlink_to(target)
+    expected = (
+        f"error: the demo cannot use {link} (it is a symbolic link): give --dir a directory that you alone may write,"
+        " or a new one\n"
+    )
+    done = subprocess.run([*DEMO, "--dir", str(link)], capture_output=True, text=True, timeout=LONG, check=False)
+    assert (2, expected) == (done.returncode, done.stderr)
+    assert [] == (list(target.iterdir()) if exists else [])
+    assert exists == target.exists()
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    """What it leads to is not made."""
+    directory = tmp_path / "demo"
+    directory.mkdir(mode=0o700)
+    (directory / ".lock").symlink_to(tmp_path / "elsewhere")
+    done = subprocess.run([*DEMO, "--dir", str(directory)], capture_output=True, text=True, timeout=LONG, check=False)
+    assert 2 == done.returncode
+    assert f"error: the demo cannot use {directory} (" in done.stderr
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_demo_that_is_killed_leaves_nothing_running(tmp_path: Path) -> None:
+    """SIGKILL gives it no time to tidy up: the broker, the service and OpenBao end with it all the same."""
+    directory = tmp_path / "demo"
+    with demo(directory) as process:
+        wait_for_line(process, "ready")
+        assert 4 <= len(processes_of(directory))
+        process.kill()
+        process.wait(LONG)
+        assert_nothing_is_left(directory)
