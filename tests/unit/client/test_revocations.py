@@ -169,6 +169,12 @@ class TestUnion:
         brief = replace(second, expires_at=NOW)
         assert RevocationSet([first, brief]).entries() == (first, brief)
 
+    def test_a_lift_stays_beside_a_later_subject(self):
+        """Or a block of before it could come back."""
+        lifted, revoked = entry("lift", ORDERS, version=5), entry("subject", ORDERS, version=9)
+        assert RevocationSet([revoked, lifted]).entries() == (lifted, revoked)
+        assert RevocationSet([revoked, lifted, entry("block", ORDERS, version=4)]).blocks(ORDERS) is None
+
     def test_a_root_outdoes_a_token_and_not_the_other_way(self):
         """A root also refuses what was derived."""
         token, root = entry("token", JTI, version=1), entry("root", JTI, version=2)
