@@ -30,7 +30,7 @@ from carnet_broker.core.minting import MintingRules
 from carnet_broker.core.readiness import Readiness, judge_readiness
 from carnet_broker.core.workload import IdentityCache, LeafRules, Workload
 from carnet_broker.edges.grpc.calls import AuthContext, AuthenticatedCalls
-from carnet_broker.edges.grpc.listeners import ListenerLimits, bind, new_server, server_credentials
+from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, bind, connections_within, new_server
 from carnet_broker.edges.grpc.refused_calls import refusal_record
 from carnet_broker.edges.grpc.tokens import TokenServicer
 from carnet_broker.edges.grpc.trust import TrustServicer
@@ -46,6 +46,7 @@ from carnet_broker.edges.vault import (
     VaultRotationRequests,
     VaultSession,
 )
+from carnet_broker.file_modes import check_audit_directory, mode_warnings
 from carnet_broker.group_commit import GroupCommit
 from carnet_broker.issuance import CHECK_EVERY, Issuer
 from carnet_broker.keyring_loop import KeyringLoop
@@ -122,6 +123,7 @@ class Broker:
             self.telemetry,
             poll_interval=config.vault.poll_interval,
         )
+        check_audit_directory(config.audit.directory)
         self._audit = JsonLinesAudit(config.audit.directory, durability=config.audit.durability)
         self._audit_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="carnet-audit")
         self._vault_threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="carnet-sign")
@@ -185,9 +187,9 @@ class Broker:
         trust_pb2_grpc.add_TrustServiceServicer_to_server(trust_servicer, on_trust)
         for registration in (on_tokens, on_trust):
             health_pb2_grpc.add_HealthServicer_to_server(health_servicer, registration)
+        tls = {name: MutualTls(lambda: self._tls.value.pems, limits) for name in ("tokens", "trust")}
         for name, server, address in (("tokens", tokens, config.listen.tokens), ("trust", trust, config.listen.trust)):
-            credentials = server_credentials(lambda: self._tls.value.pems)
-            port = bind(server, address, credentials, setting=f"listen.{name}")
+            port = bind(server, address, tls[name], setting=f"listen.{name}")
             self.addresses[name] = f"{address.rpartition(':')[0]}:{port}"
         plain_socket = _listen(config.listen.plain)
         self.addresses["plain"] = f"{config.listen.plain.rpartition(':')[0]}:{plain_socket.getsockname()[1]}"
@@ -221,6 +223,8 @@ class Broker:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._look_now.set)
+        for warning in mode_warnings(config):
+            self.telemetry.log.warning("open_to_others", problem=warning)
         self.telemetry.log.info("serving", **self.addresses, issuer=config.issuer)
         if ready is not None:
             ready.set()
@@ -228,6 +232,8 @@ class Broker:
         self.telemetry.log.info("draining")
         self._draining = True
         await self._report_health(health_servicer)
+        for one in tls.values():
+            one.freeze()
         drain = config.limits.drain.total_seconds()
         await asyncio.gather(tokens.stop(drain), trust.stop(drain))
         plain.should_exit = True
@@ -264,7 +270,7 @@ class Broker:
                 (not self._holder.is_degraded(now, mono), "vault: the keyring was not read lately"),
                 (
                     not self._requests.overfull,
-                    f"vault: {', '.join(sorted(self._requests.overfull))}: too many to be listed; delete them",
+                    f"vault: {', '.join(sorted(self._requests.overfull))}: too many to be listed; some are deleted at each look",
                 ),
                 (self._policy.is_current, "policy: the newest file cannot be used"),
                 (self._tls.is_current, "tls: the newest files cannot be used"),
@@ -291,7 +297,7 @@ class Broker:
         """
         wanted = self._config.limits.connections
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        possible = (descriptors - _PLAIN_CONNECTIONS - _OTHER_DESCRIPTORS) // 2
+        possible = connections_within((descriptors - _PLAIN_CONNECTIONS - _OTHER_DESCRIPTORS) // 2)
         if possible < wanted:
             self.telemetry.log.warning("connections_limited", wanted=wanted, possible=possible, descriptors=descriptors)
         return max(1, min(wanted, possible))

@@ -23,6 +23,7 @@ from carnet_broker.core.policy import Policy, load_policy
 from carnet_broker.core.workload import TrustBundle
 from carnet_broker.edges.grpc.listeners import TlsPems
 from carnet_broker.edges.vault import SecretFile, VaultSettings
+from carnet_broker.file_modes import check_audit_directory, check_key_file
 
 __all__ = ["TlsMaterial", "check_files", "load_policy_file", "load_tls", "load_vault_settings"]
 
@@ -39,6 +40,7 @@ class TlsMaterial:
 def load_tls(config: BrokerConfig, trust_domains: Sequence[str], now: datetime) -> TlsMaterial:
     """Load and check all TLS files. Raises `ConfigError` that names the file."""
     tls = config.tls
+    check_key_file(tls.key_file)
     identity = Identity.load(tls.certificate_file, tls.key_file)
     _check_serves(identity, tls.certificate_file, now)
     ca_pem = _read(tls.client_ca_file, "tls.client_ca_file")
@@ -112,6 +114,7 @@ def check_files(config: BrokerConfig, now: datetime) -> None:
     policy = load_policy_file(config)
     load_tls(config, [policy.trust_domain], now)
     load_vault_settings(config)
+    check_audit_directory(config.audit.directory)
 
 
 def _check_serves(identity: Identity, file: Path, now: datetime) -> None:

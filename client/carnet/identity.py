@@ -6,7 +6,9 @@ parsed here first, and what is wrong with a file is said with its name and the r
 
 from __future__ import annotations
 
+import logging
 import os
+import stat
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +28,8 @@ __all__ = ["Identity", "StrPath", "load_ca_file"]
 
 StrPath: TypeAlias = str | os.PathLike[str]
 """A file name, as the standard library takes it."""
+
+_log: Final = logging.getLogger("carnet")
 
 _MAX_FILE_BYTES: Final = 1024 * 1024
 """A CA bundle of some hundred certificates; more is a wrong file."""
@@ -90,6 +94,10 @@ class Identity:
     ) -> Identity:
         """Read both files and return the identity in them. Raises `ConfigError`, which names the file.
 
+        A key file that every user of the host may write to is told of in the log ``carnet``, and used: file systems
+        that know no modes show all files so (those of Windows in WSL and Docker). Kubernetes mounts keys readable by
+        every user of the container, which is said nothing about.
+
         `cert_variable` and `key_variable` are the environment variables that named the files, if any did: an error
         names them too.
         """
@@ -99,6 +107,7 @@ class Identity:
         }
         certificate_pem = _read(cert_file, files[_CERTIFICATE])
         private_key_pem = _read(key_file, files[_KEY])
+        _warn_of_mode(key_file, files[_KEY])
         try:
             return _parse(certificate_pem, private_key_pem)
         except _ProblemError as error:
@@ -152,6 +161,17 @@ def _read(path: StrPath, name: str) -> bytes:
         msg = f"{name} is larger than {_MAX_FILE_BYTES} bytes: name a PEM file"
         raise ConfigError(msg)
     return content
+
+
+def _warn_of_mode(path: StrPath, name: str) -> None:
+    try:
+        mode = stat.S_IMODE(Path(path).stat().st_mode)
+    except OSError:  # It was there a moment ago: it is being renewed.
+        return
+    if mode & stat.S_IWOTH:
+        _log.warning(
+            "every user of this host may write to %s (mode %04o): take that right away (chmod o-w)", name, mode
+        )
 
 
 def _certificates(pem: bytes, part: str) -> list[x509.Certificate]:

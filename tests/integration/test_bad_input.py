@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +141,17 @@ def _folder(name: str) -> Fault:
 
 def _holds(name: str, content: str | bytes) -> Fault:
     return lambda site: site.write(name, content)
+
+
+def _mode(name: str, mode: int) -> Fault:
+    """Return the fault of a file, or of a directory that is made for it, with this mode."""
+
+    def fault(site: Site) -> None:
+        if not site.file(name).exists():
+            site.file(name).mkdir()
+        site.file(name).chmod(mode)
+
+    return fault
 
 
 def _config(path: str, value: object) -> Fault:
@@ -386,6 +398,14 @@ FILES: Mapping[str, tuple[Fault, str]] = {
         _config("vault.ca_file", "policy.yaml"),
         "{dir}/policy.yaml holds no certificate that can be read: give the PEM file of the CA of Vault",
     ),
+    "key that everybody may write to": (
+        _mode("broker-key.pem", 0o602),
+        "{dir}/broker-key.pem: every user of this host may write to it (mode 0602): take that right away (chmod o-w)",
+    ),
+    "audit directory that everybody may write to": (
+        _mode("audit", 0o777),
+        "{dir}/audit: every user of this host may write to it (mode 0777), and remove records: take that right away",
+    ),
     "role id missing": (
         _missing("role-id"),
         "{dir}/role-id cannot be read (No such file or directory): it must hold what",
@@ -422,6 +442,48 @@ def test_a_file_that_is_wrong_stops_serve_and_check_config(forked, site, row):
     }
     expect(lines["serve"], expected, site)
     assert lines["serve"] == lines["check-config"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "says"),
+    [
+        ("broker-key.pem", 0o644, "every user of this host may read it (mode 0644), and it is secret: chmod 0600"),
+        ("broker-key.pem", 0o660, "others may write to it (mode 0660), and it is secret: chmod 0600"),
+        ("secret-id", 0o644, "every user of this host may read it (mode 0644), and it is secret: chmod 0600"),
+        ("audit", 0o2775, "its group may write to it (mode 2775), and remove records: chmod g-w"),
+        ("broker-key.pem", 0o600, None),
+        ("broker-key.pem", 0o440, None),
+        ("broker-key.pem", 0o640, None),
+        ("audit", 0o700, None),
+        ("audit", 0o755, None),
+        ("audit", 0o1777, None),
+    ],
+)
+def test_what_platforms_do_with_modes_is_accepted_and_told_where_it_is_wide(forked, site, name, mode, says):
+    """Kubernetes mounts secrets 0644, 0440 or 0640, and lets a group write into volumes: no reason not to start."""
+    _mode(name, mode)(site)
+    ended = forked.run("carnet_broker", "check-config", "--config", site.file("broker.yaml"))
+    warnings = ended.out.splitlines()[1:]
+    assert (0, "", 0 if says is None else 1) == (ended.code, ended.err, len(warnings))
+    assert all(line.startswith(f"warning: {site.file(name)}: {says}") for line in warnings)
+    ended = forked.run("carnet_broker", "check-config", "--json", "--config", site.file("broker.yaml"))
+    assert [line.removeprefix("warning: ") for line in warnings] == json.loads(ended.out)["warnings"]
+
+
+def test_serve_logs_what_others_may_do_with_a_file(site):
+    """Once, when it starts to serve; and it serves."""
+    site.file("broker-key.pem").chmod(0o644)
+    arguments = [sys.executable, "-m", "carnet_broker", "serve", "--config", str(site.file("broker.yaml"))]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = [json.loads(next(process.stderr))]
+        while "serving" != lines[-1]["event"]:
+            lines.append(json.loads(next(process.stderr)))
+        process.terminate()
+        process.communicate(timeout=30)
+    (told,) = (line for line in lines if line["event"] == "open_to_others")
+    assert "warning" == told["level"]
+    assert told["problem"].startswith(f"{site.file('broker-key.pem')}: every user of this host may read it (mode 0644)")
 
 
 @pytest.mark.parametrize("name", ["broker.yaml", "policy.yaml", "broker-key.pem", "ca.pem", "secret-id"])

@@ -65,13 +65,24 @@ def serve(config_file: Path) -> None:
 def check_config(config_file: Path, *, as_json: bool) -> None:
     """Check the configuration and every file that it names, without serving and without asking Vault.
 
-    Exit code: 0 all is well, 2 something is wrong (one line says what).
+    Warnings tell of files that more users may read or write than need to.
+
+    Exit code: 0 all is well, also with warnings, 2 something is wrong (one line says what).
     """
     from datetime import UTC, datetime
 
+    from carnet_broker.file_modes import mode_warnings
     from carnet_broker.loading import check_files
 
     config = load_config(config_file)
     check_files(config, datetime.now(UTC))
-    result = {"file": str(config_file), "ok": True, "issuer": config.issuer, "key_store": config.keys.store}
-    show(result, (f"{config_file}: ok, issuer {config.issuer}, keys in {config.keys.store}",), as_json=as_json)
+    warnings = mode_warnings(config)
+    result = {
+        "file": str(config_file),
+        "ok": True,
+        "issuer": config.issuer,
+        "key_store": config.keys.store,
+        "warnings": warnings,
+    }
+    lines = [f"{config_file}: ok, issuer {config.issuer}, keys in {config.keys.store}"]
+    show(result, lines + [f"warning: {warning}" for warning in warnings], as_json=as_json)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -221,6 +222,30 @@ def test_file_that_may_not_be_read_is_named(orders: IssuedCertificate, tmp_path:
 
     monkeypatch.setattr(Path, "open", forbidden)  # The tests run as root, who may read everything.
     assert f"certificate file {cert_file} may not be read" in refusal(Identity.load, cert_file, key_file)
+
+
+def test_a_key_file_that_everybody_may_write_to_is_told_of_and_used(
+    orders: IssuedCertificate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning and no refusal: file systems without modes show every file so."""
+    cert_file, key_file = orders.write(tmp_path, "orders")
+    key_file.chmod(0o666)
+    Identity.load(cert_file, key_file)
+    told = f"every user of this host may write to key file {key_file} (mode 0666): take that right away (chmod o-w)"
+    assert [("carnet", logging.WARNING, told)] == caplog.record_tuples
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o440, 0o640, 0o644])
+def test_a_key_file_as_platforms_mount_it_is_used_without_a_word(
+    mode: int, orders: IssuedCertificate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The twin: Kubernetes mounts keys 0644, and with a group 0440 or 0640; behind symbolic links."""
+    cert_file, key_file = orders.write(tmp_path, "orders")
+    key_file.chmod(mode)
+    link = tmp_path / "link.pem"
+    link.symlink_to(key_file)
+    Identity.load(cert_file, link)
+    assert [] == caplog.records
 
 
 def test_ca_file_is_read(ca: CertificateAuthority, tmp_path: Path) -> None:
