@@ -270,7 +270,7 @@ class Broker:
                 (not self._holder.is_degraded(now, mono), "vault: the keyring was not read lately"),
                 (
                     not self._requests.overfull,
-                    f"vault: {', '.join(sorted(self._requests.overfull))}: too many to be listed; each look deletes some",
+                    f"vault: {', '.join(sorted(self._requests.overfull))}: too many to be listed, some are deleted",
                 ),
                 (self._policy.is_current, "policy: the newest file cannot be used"),
                 (self._tls.is_current, "tls: the newest files cannot be used"),

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import quote
 
+import hvac
 import pytest
 
 from carnet_broker.core.keyring import Keyring, Timing
@@ -287,3 +289,62 @@ def test_created_at_is_vaults_clock(vault_place: VaultPlace):
     time.sleep(0.01)
     created_at = VaultRotationRequests(vault_place.session()).pending()[0].created_at
     assert before - timedelta(milliseconds=1) <= created_at <= datetime.now(UTC)
+
+
+ODD = ("two words", "a%2Fb", "a%2e", "q?x=1#y", "\u00fc", "semi;colon", "..a", '"quoted",', "back\\slash")
+
+
+def _stuff(root: hvac.Client, place: VaultPlace, name: str) -> None:
+    """Write an entry of any name into the door of CI."""
+    path = f"v1/{place.kv_path}/requests/{quote(name, safe='')}"
+    root.adapter.request("POST", path, json={"data": {"kind": "junk"}})
+
+
+def _names(place: VaultPlace, folder: str) -> set[str]:
+    found = place.root().list(f"{place.metadata_path}/{folder}")
+    return set() if found is None else set(found["data"]["keys"])
+
+
+@pytest.mark.parametrize("kind", ["odd", "good"])
+def test_a_stuffed_door_gets_well_by_itself(vault_place: VaultPlace, kind: str):
+    """It is reported and passed over while it cannot be listed, and each look deletes some, with their results.
+
+    The other door, and a request that was read before, wait for nothing.
+    """
+    ci, breakglass = RotationClient(vault_place.session("ci")), RotationClient(vault_place.session("breakglass"))
+    waiting, urgent = ci.submit(RequestKind.ROTATE), breakglass.submit(RequestKind.ROTATE_NOW)
+    box = VaultRotationRequests(vault_place.session(), limit=20, max_list_bytes=48 * 1024)
+    assert {waiting, urgent} == set(_ids(box.pending()))
+    names = {f"{number:03}{'x' * 300}" for number in range(200)} | set(ODD)
+    if kind == "good":
+        names = {f"{number:03}{'x' * 61}" for number in range(800)}
+    root = vault_place.root()
+    for name in names:
+        _stuff(root, vault_place, name)
+    box.answer(RotationRequest(waiting, RequestKind.ROTATE, datetime.now(UTC), breakglass=False), _ACCEPTED)
+    assert [urgent] == _ids(box.pending())
+    assert frozenset({"requests"}) == box.overfull
+    assert 100 == len(names | {waiting}) - len(_names(vault_place, "requests"))
+    looks = 1
+    while box.overfull:
+        box.pending()
+        looks += 1
+        assert looks < 12
+    assert {waiting, urgent} == set(_ids(box.pending()))
+    left = _names(vault_place, "requests")
+    assert waiting in left
+    assert _names(vault_place, "results") <= left | {urgent}
+
+
+def test_names_that_no_request_can_have_are_deleted_when_they_are_many(vault_place: VaultPlace):
+    """Whatever signs they are of; a few are left alone, and a request is read meanwhile."""
+    waiting = RotationClient(vault_place.session("ci")).submit(RequestKind.ROTATE)
+    root = vault_place.root()
+    for name in ODD:
+        _stuff(root, vault_place, name)
+    few = VaultRotationRequests(vault_place.session(), limit=len(ODD))
+    assert [waiting] == _ids(few.pending())
+    assert set(ODD) | {waiting} == _names(vault_place, "requests")
+    many = VaultRotationRequests(vault_place.session(), limit=len(ODD) - 1)
+    assert [waiting] == _ids(many.pending())
+    assert {waiting} == _names(vault_place, "requests")

@@ -278,7 +278,9 @@ def test_connections_are_used_again_and_closed(session: VaultSession):
     assert _use(session)
 
 
-@pytest.mark.parametrize("path", ["carnet/../sys/mounts", "carnet//x", "/x", "x/", "", "a b", "x?y=1", "x#y", "%2e"])
+@pytest.mark.parametrize(
+    "path", ["carnet/../sys/mounts", "carnet//x", "/x", "x/", "", "a b", "x?y=1", "x#y", "%2e", "a%2Fb", "%2E%2E"]
+)
 def test_path_that_would_lead_elsewhere_is_refused(session: VaultSession, path: str):
     """Whatever a name in a path holds, no request goes to another place than it seems to."""
     with pytest.raises(KeyStoreUnavailableError, match="not of Carnet's form"):

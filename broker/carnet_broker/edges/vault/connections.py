@@ -41,6 +41,9 @@ class NotTrustedError(ExchangeError):
 class AnswerTooLargeError(ExchangeError):
     """The answer is longer than its operation allows."""
 
+    beginning = b""
+    """What came of its content."""
+
 
 class _Call(threading.local):
     """What the call that this thread makes may take. Outside of `bounds` that is nothing."""

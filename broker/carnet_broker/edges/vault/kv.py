@@ -6,6 +6,7 @@ version leaves the entry, and its number is never used again; deleting the metad
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -15,14 +16,16 @@ from carnet_broker.edges.vault.failures import CONFLICT, has_phrase
 from carnet_broker.edges.vault.session import Reply, VaultSession
 from carnet_broker.ports import DocumentConflictError
 
-__all__ = ["KvEntry", "KvMount"]
+__all__ = ["MAX_LIST_BYTES", "KvEntry", "KvMount", "first_names"]
 
 _NO_CONTENT: Final = 204
 _BAD_REQUEST: Final = 400
 _NOT_FOUND: Final = 404
 _MAX_BYTES: Final = 1024 * 1024
-_MAX_LIST_BYTES: Final = 8 * 1024 * 1024
+MAX_LIST_BYTES: Final = 8 * 1024 * 1024
 """Some 200,000 names."""
+_NAMES_BEGIN: Final = re.compile(rb'"keys"\s*:\s*\[')
+_NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*,')
 _TIME: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
 
 
@@ -106,11 +109,11 @@ class KvMount:
         if reply.status != _NO_CONTENT:
             self._session.senseless(operation, "it does not say that it was done")
 
-    def names(self, folder: str, what: str) -> list[str]:
+    def names(self, folder: str, what: str, *, max_bytes: int = MAX_LIST_BYTES) -> list[str]:
         """Return the names of the entries and folders (with ``/`` at the end) in `folder`. Raises as `call`."""
         operation = f"list {what}"
         path = self._path("metadata", folder)
-        reply = self._session.call(operation, "LIST", path, accept=(_NOT_FOUND,), max_bytes=_MAX_LIST_BYTES)
+        reply = self._session.call(operation, "LIST", path, accept=(_NOT_FOUND,), max_bytes=max_bytes)
         if reply.status == _NOT_FOUND:
             self._check_not_found(operation, path, reply)
             return []
@@ -131,6 +134,20 @@ class KvMount:
 
     def _path(self, kind: str, name: str) -> str:
         return f"{self._mount}/{kind}/{self._environment}/{name}"
+
+
+def first_names(beginning: bytes) -> list[str]:
+    """Return the names that the beginning of an answer to `KvMount.names` holds, which was too long to be read."""
+    begin = _NAMES_BEGIN.search(beginning)
+    position = begin.end() if begin is not None else len(beginning)
+    names: list[str] = []
+    while name := _NAME.match(beginning, position):
+        try:
+            names.append(json.loads(name[1]))
+        except ValueError:
+            break
+        position = name.end()
+    return names
 
 
 def parse_time(text: object) -> datetime | None:

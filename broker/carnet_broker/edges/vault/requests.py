@@ -4,6 +4,10 @@
 Whoever may write a request may write a thousand, and anything into them. So a round reads a bounded number of each
 door, breakglass has its own share, and of more new requests than that a random choice is read: nobody can take all the
 places by the name of a request. What was read is remembered, for a request never changes, and a final answer neither.
+
+A door can be stuffed until it cannot be listed any more, and with names that nobody may have. Then each look deletes
+some of what is there, so that it gets well by itself: names first that no request has, and for the rest chance decides,
+which hits a request that is new as rarely as any other. What was read before, and waits for its answer, stays.
 """
 
 from __future__ import annotations
@@ -11,13 +15,14 @@ from __future__ import annotations
 import random
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
+from urllib.parse import quote
 
 from carnet.jwk import is_thumbprint
-from carnet_broker.edges.vault.kv import KvEntry, KvMount
+from carnet_broker.edges.vault.kv import MAX_LIST_BYTES, KvEntry, KvMount, first_names
 from carnet_broker.edges.vault.session import VaultSession, VaultTooLargeError
 from carnet_broker.ports import (
     DocumentConflictError,
@@ -61,15 +66,19 @@ class _Known:
 class VaultRotationRequests:
     """The letter box of one environment. Thread-safe; calls are made one after the other."""
 
-    def __init__(self, session: VaultSession, *, limit: int = 100) -> None:
-        """`limit` is how many new requests, and how many open ones, are read of each door in one round."""
+    def __init__(self, session: VaultSession, *, limit: int = 100, max_list_bytes: int = MAX_LIST_BYTES) -> None:
+        """`limit` is how many new requests, and how many open ones, are read of each door in one round.
+
+        `max_list_bytes`: the longest list of a door that is read.
+        """
         self._session = session
         self._kv = KvMount(session)
         self._limit = limit
+        self._max_list_bytes = max_list_bytes
         self._lock = threading.Lock()
         self._doors: dict[str, dict[str, _Known]] = {door: {} for door in _DOORS}
         self.overfull: frozenset[str] = frozenset()
-        """The doors that hold more requests than Vault can list in one answer, and were passed over; for an alarm."""
+        """The doors that hold more than can be listed, and were passed over; for an alarm. Each look deletes some."""
 
     def pending(self) -> Sequence[RotationRequest]:
         """Return the requests whose result is not final, oldest first, at most `limit` of each door.
@@ -121,14 +130,18 @@ class VaultRotationRequests:
         for door in _DOORS:
             try:
                 self._look(door)
-            except VaultTooLargeError:
+            except VaultTooLargeError as error:
                 overfull.add(door)
+                self._delete_some(door, first_names(error.beginning))
         self.overfull = frozenset(overfull)
         return [door for door in _DOORS if door not in overfull]
 
     def _look(self, door: str) -> None:
         """Read up to `limit` requests that are new, and forget those that are gone."""
-        names = [name for name in self._kv.names(door, f"the {door}") if _ANSWERABLE.fullmatch(name)]
+        listed = self._kv.names(door, f"the {door}", max_bytes=self._max_list_bytes)
+        names = [name for name in listed if _ANSWERABLE.fullmatch(name)]
+        if len(listed) - len(names) > self._limit:
+            self._delete_some(door, set(listed) - set(names))
         known = self._doors[door]
         for gone in known.keys() - set(names):
             del known[gone]
@@ -140,6 +153,21 @@ class VaultRotationRequests:
             if one.request is None:
                 self._answer(name, one, _UNREADABLE)
             known[name] = one
+
+    def _delete_some(self, door: str, names: Collection[str]) -> None:
+        """Delete up to five times `limit` of these names with their results: those first that no request has."""
+        known = self._doors[door]
+        surplus = [name for name in names if not name.endswith("/") and (name not in known or known[name].is_final)]
+        random.shuffle(surplus)
+        surplus.sort(key=lambda name: _ANSWERABLE.fullmatch(name) is not None)
+        for name in surplus[: 5 * self._limit]:
+            try:
+                if _ANSWERABLE.fullmatch(name):
+                    self._kv.destroy(results_name(name), "the result of a surplus request")
+                self._kv.destroy(f"{door}/{quote(name, safe='')}", "a surplus request")
+            except KeyStoreUnavailableError:
+                return  # The door stays reported, and the next look tries others; the other door must not wait.
+            known.pop(name, None)
 
     def _read(self, door: str, name: str) -> _Known:
         try:

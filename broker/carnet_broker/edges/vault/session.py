@@ -37,7 +37,9 @@ __all__ = [
 ]
 
 _MAX_BYTES: Final = 1024 * 1024
-_PATH: Final = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+_SEGMENT: Final = r"(?:[A-Za-z0-9._-]|%(?!2[EF])[0-9A-F]{2})+"
+"""One part of a path. A quoted full stop or slash might be taken for one that is not."""
+_PATH: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
 _TOKEN: Final = re.compile(r"[!-~]{1,4096}")
 _OK: Final = frozenset({200, 204})
 _BAD_LOGIN: Final = frozenset({400, 401, 403, 404})
@@ -64,6 +66,11 @@ class VaultNotTrustedError(KeyStoreUnavailableError):
 
 class VaultTooLargeError(KeyStoreUnavailableError):
     """The answer is longer than this operation allows."""
+
+    def __init__(self, message: str, beginning: bytes) -> None:
+        """`beginning`: what came of the answer; for the caller, and not for a message."""
+        super().__init__(message)
+        self.beginning = beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +293,7 @@ class VaultSession:
         try:
             status, body = exchange(ask, deadline=deadline, max_bytes=max_bytes)
         except AnswerTooLargeError as error:
-            raise VaultTooLargeError(self._message(where, str(error))) from None
+            raise VaultTooLargeError(self._message(where, str(error)), error.beginning) from None
         except NotTrustedError as error:
             what = f"{error}: is this the CA of Vault, and is this Vault's address?"
             raise VaultNotTrustedError(self._message(where, what)) from None

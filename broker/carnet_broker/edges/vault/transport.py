@@ -19,13 +19,13 @@ import urllib3
 from hvac.adapters import RawAdapter
 from requests.adapters import HTTPAdapter
 
-from carnet_broker.edges.vault.connections import ExchangeError, Pool, TlsPool, bounds
+from carnet_broker.edges.vault.connections import AnswerTooLargeError, ExchangeError, Pool, TlsPool, bounds
 from carnet_broker.edges.vault.settings import VaultSettings
 
 __all__ = ["bounded_session", "client", "exchange"]
 
 _MAX_IDLE: Final = 8
-_CHUNK: Final = 64 * 1024
+_CHUNK: Final = 16 * 1024
 
 # Its warnings quote what it cannot read of an answer, and that may be our own token.
 logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -106,12 +106,17 @@ def exchange(ask: Callable[[], requests.Response], *, deadline: float, max_bytes
     `max_bytes` is for the whole answer. Raises `ExchangeError`, after which it is not known whether the call had an
     effect.
     """
+    chunks: list[bytes] = []
     with bounds(deadline=deadline, max_bytes=max_bytes):
         try:
             with ask() as response:
                 # Not `response.content`: it would undo a compression that nobody asked for, to any size.
-                chunks = iter(lambda: response.raw.read(_CHUNK, decode_content=False), b"")
+                while chunk := response.raw.read(_CHUNK, decode_content=False):
+                    chunks.append(chunk)
                 return response.status_code, b"".join(chunks)
+        except AnswerTooLargeError as error:
+            error.beginning = b"".join(chunks)
+            raise
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError):
             # Their texts quote what the other side sent, and that may be our own token.
             msg = "it hung up, or the answer is not HTTP"
