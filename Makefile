@@ -17,6 +17,9 @@ GITHUB_FILES := docs/examples/rotate-keys.github.yml
 # make PYTHON=/path/to/python3.13 takes another interpreter.
 PYTHON ?=
 
+# Most of the tests' time is waiting, so that three workers are not too many for two cores.
+WORKERS ?= 3
+
 .PHONY: help setup demo test pytest lint format bench proto prove interop clean
 
 help: ## Show this list
@@ -30,10 +33,13 @@ demo: $(VENV)/.installed ## Run the main job end to end on a real Vault, with a 
 test: lint pytest ## Run the linters and all tests; 100 % branch coverage for the core and the verifier
 
 pytest: setup ## The tests of make test, without the linters
-	@echo "== tests"
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest
+	@echo "== tests, by $(WORKERS) workers"
+	@COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/python -m pytest -m "not alone" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@echo "== tests that measure a time, alone on the machine"
+	@$(BIN)/coverage run -m pytest -m alone
 	@echo "== branch coverage of the core and the verifier"
+	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 	@echo "tests: all passed"
 

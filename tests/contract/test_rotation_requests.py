@@ -189,7 +189,9 @@ def test_garbage_is_refused_and_does_not_stop_others(vault_place: VaultPlace, do
     assert 1 == versions
 
 
-@pytest.mark.parametrize("name", ["hello", "0" * 36, "A" * 8 + str(uuid.uuid4())[8:]])
+@pytest.mark.parametrize(
+    "name", ["hello", "0" * 36, "A" * 8 + str(uuid.uuid4())[8:]], ids=["a word", "zeros", "capital letters"]
+)
 def test_name_that_is_no_uuid_is_refused(vault_place: VaultPlace, name: str):
     """A request is named by a UUID; another name is answered where that can be done."""
     _put(vault_place, "ci", f"requests/{name}", {"kind": "rotate"})
