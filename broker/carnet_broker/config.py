@@ -19,6 +19,7 @@ from carnet.durations import parse_duration
 from carnet.errors import ConfigError
 from carnet_broker.core.keyring import Timing
 from carnet_broker.core.marked_yaml import Duration, Section, read_yaml, validate
+from carnet_broker.edges.grpc.configurations import SETTLED_AFTER
 
 __all__ = ["BrokerConfig", "load_config"]
 
@@ -168,6 +169,15 @@ class LimitsConfig(Section):
     connection_age: Duration = timedelta(minutes=30)
     drain: Duration = timedelta(seconds=10)
     """How long calls under way may take at shutdown."""
+
+    @pydantic.field_validator("handshake_timeout")
+    @classmethod
+    def _outlasts_a_replacement(cls, value: timedelta) -> timedelta:
+        # A handshake may have to wait for so long where the files have changed.
+        if value <= timedelta(seconds=SETTLED_AFTER):
+            msg = "handshake_timeout must be longer than half a second; give 2s or more"
+            raise ValueError(msg)
+        return value
 
 
 class LogConfig(Section):

@@ -32,7 +32,7 @@ from carnet_broker.core.policy import load_policy
 from carnet_broker.core.workload import IdentityCache, LeafRules, TrustBundle, Workload
 from carnet_broker.edges.grpc import tokens
 from carnet_broker.edges.grpc.calls import AuthenticatedCalls
-from carnet_broker.edges.grpc.listeners import ListenerLimits, TlsPems, bind, new_server, server_credentials
+from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, TlsPems, bind, new_server, server_credentials
 from carnet_broker.edges.ledger.json_lines import JsonLinesAudit
 from carnet_broker.edges.vault.kv_store import KvSigner
 from carnet_broker.group_commit import GroupCommit
@@ -137,10 +137,11 @@ async def _serve_aio(audit: JsonLinesAudit, ca: CertificateAuthority, pems: TlsP
         calls_in_flight=256,
         record=lambda error, workload, peer: None,
     )
-    server = new_server(ListenerLimits())
+    limits = ListenerLimits()
+    server = new_server(limits)
     servicer = tokens.TokenServicer(_issuer(commit, audit), SystemClock())
     token_pb2_grpc.add_TokenServiceServicer_to_server(servicer, calls.on(server))
-    port = bind(server, "127.0.0.1:0", server_credentials(lambda: pems), setting="bench")
+    port = bind(server, "127.0.0.1:0", MutualTls(lambda: pems, limits), setting="bench")
     await server.start()
     print(port, flush=True)
     await asyncio.to_thread(sys.stdin.read)

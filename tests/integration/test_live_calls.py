@@ -21,7 +21,7 @@ from carnet.encoding import decode_base64url
 from carnet.testing import CertificateAuthority
 from carnet.tls import secure_aio_channel
 from carnet.v1 import token_pb2, token_pb2_grpc
-from carnet_broker.edges.grpc.listeners import ListenerLimits, TlsPems, bind, new_server, server_credentials
+from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, TlsPems, bind, new_server
 from support.attacks import ISSUE_TOKEN, REQUEST, TWO_CALLERS, connected, memory, others_go_on
 from support.http2 import (
     END_HEADERS,
@@ -200,9 +200,10 @@ async def test_g10_a_listener_takes_so_many_connections_and_no_more():
     ca = CertificateAuthority.create()
     own, orders = ca.issue(BROKER, dns_names=[BROKER_NAME]), ca.issue(ORDERS)
     identity = Identity.parse(orders.certificate_pem, orders.private_key_pem)
-    server = new_server(ListenerLimits(max_connections=3))
+    limits = ListenerLimits(max_connections=3)
+    server = new_server(limits)
     pems = TlsPems(own.private_key_pem, own.certificate_pem, ca.root_pem)
-    port = bind(server, "127.0.0.1:0", server_credentials(lambda: pems), setting="test")
+    port = bind(server, "127.0.0.1:0", MutualTls(lambda: pems, limits), setting="test")
     await server.start()
 
     async def status_of(channel: grpc.aio.Channel) -> grpc.StatusCode:

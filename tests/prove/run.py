@@ -49,6 +49,10 @@ PROOFS = {
         "what our verifier accepts, others accept too; no change of a token is accepted",
         ("tests/property/test_verify_properties.py", "tests/property/test_verify_differential.py"),
     ),
+    "tls_storm": Proof(
+        "many handshakes at the same time end no listener, and next to no session is resumed",
+        ("tests/integration/test_tls_storm.py",),
+    ),
     "token_cache_model": Proof("a valid token is always given out", ("tests/property/test_cache_model.py",)),
     "unknown_keys": Proof(
         "a flood of unknown keys causes one fetch and harms no good verification", ("tests/integration/test_trust.py",)

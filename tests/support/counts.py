@@ -34,6 +34,9 @@ TABLE: Final[dict[str, tuple[int, int]]] = {
     "times": (200, 20_000),
     "single_substitutions": (6000, ALL),
     "single_insertions": (6000, ALL),
+    # TLS
+    "handshakes_in_a_burst": (300, 3_000),
+    "seconds_of_storm": (8, 90),
     # sizes
     "tokens_with_an_unknown_key": (20_000, 100_000),
     "grants_in_one_policy": (20_000, 100_000),

@@ -216,6 +216,7 @@ WRONG = [
     ("limits", "token_burst", [0]),
     ("limits", "key_sets_per_second", [0]),
     ("limits", "drain", ["0s"]),
+    ("limits", "handshake_timeout", ["0s", "100ms", "500ms"]),
     ("log", "level", ["trace", "INFO", 10]),
     ("log", "format", ["xml"]),
     ("listen", "tokens", ["8443", "127.0.0.1", ":8443", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:-1", 8443]),

@@ -1,14 +1,6 @@
 """The gRPC servers: limits on all that a peer can send, and mutual TLS whose files can be swapped.
 
-gRPC asks for the TLS configuration at each handshake, under a lock, and uses it after it has let go of the lock
-(github.com/grpc/grpc/issues/36693). A configuration that another handshake replaces in between is used after it was
-freed: a hundred clients that connect at the same time, strangers among them, end the process. So a configuration is
-replaced only when nobody has asked for one in the last half second. In a quiet broker that is at each handshake; in a
-busy one handshakes are held back for half a second when the files have changed, and every ten minutes.
-
-A new configuration is also what keeps TLS sessions from being resumed: one of an earlier configuration finds no cache.
-So a session can be resumed in a burst of handshakes, and for ten minutes at most. Each call on a resumed connection is
-judged by the certificate that it brings back, like those of any other.
+When the TLS configuration is replaced, and what that is good for, is in `configurations`.
 """
 
 from __future__ import annotations
@@ -22,15 +14,14 @@ from typing import Any, Final, cast
 import grpc
 
 from carnet.errors import ConfigError
+from carnet_broker.edges.grpc.configurations import Configurations, Keeping, TlsPems
+from carnet_broker.edges.grpc.keeper import keepers_of
 from carnet_broker.edges.grpc.unknown_methods import guarded_against_unknown_methods
 
-__all__ = ["ListenerLimits", "TlsPems", "bind", "new_server", "server_credentials"]
+__all__ = ["ListenerLimits", "MutualTls", "TlsPems", "bind", "connections_within", "new_server", "server_credentials"]
 
-
-_SETTLED_AFTER: Final = 0.5
-_LOOK_AGAIN_AFTER: Final = 0.02
-_REPLACED_AFTER: Final = 600.0
-"""Seconds; the longest that a configuration is kept, and so the longest that a session of it can be resumed."""
+_MAX_KEEPERS: Final = 128
+"""Of one listener; an eighth of its connections at most. With half a second for each, 256 replacements a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,64 +42,41 @@ class ListenerLimits:
     connection_idle: timedelta = timedelta(minutes=10)
 
 
-@dataclass(frozen=True, slots=True)
-class TlsPems:
-    """What a handshake is made with. PEM."""
-
-    private_key: bytes
-    certificate_chain: bytes
-    client_ca: bytes
-
-    def __repr__(self) -> str:
-        return "TlsPems(...)"
+def connections_within(descriptors: int) -> int:
+    """Return how many connections a listener can have with so many descriptors; one to itself takes two of them."""
+    return descriptors - min(_MAX_KEEPERS, descriptors // 9) - 1
 
 
-class _Configurations:
-    """What gRPC asks for at each handshake of one listener, never for two at once."""
+class MutualTls:
+    """The credentials of one listener, which follow `pems` and require a client certificate."""
 
-    def __init__(
-        self, pems: Callable[[], TlsPems], *, mono: Callable[[], float], sleep: Callable[[float], None]
-    ) -> None:
-        self._pems = pems
-        self._mono = mono
-        self._sleep = sleep
-        self._served = pems()
-        self._asked_at = self._replaced_at = mono()
+    def __init__(self, pems: Callable[[], TlsPems], limits: ListenerLimits) -> None:
+        self._may_keep = min(_MAX_KEEPERS, limits.max_connections // 8)
+        keeping = Keeping(handshake_timeout=limits.handshake_timeout.total_seconds(), at_most=self._may_keep)
+        self._configurations = Configurations(pems, keeping, mono=time.monotonic, sleep=time.sleep)
+        # The stubs do not know that None means unchanged.
+        fetch = cast("Callable[[], grpc.ServerCertificateConfiguration]", self._configurations)
+        self.credentials = grpc.dynamic_ssl_server_credentials(
+            self._configurations.first, fetch, require_client_authentication=True
+        )
 
-    @property
-    def first(self) -> grpc.ServerCertificateConfiguration:
-        """The configuration to begin with."""
-        return _configuration(self._served)
+    def keep(self, host: str, port: int) -> None:
+        """Say where the listener is bound: then a burst of handshakes gets new configurations too."""
+        open_keeper = keepers_of(host, port)
+        if open_keeper is not None and self._may_keep:
+            self._configurations.keep_by(open_keeper)
 
-    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return a new configuration, or None to go on with the one that is there."""
-        current = self._pems()
-        is_due = current != self._served or self._mono() - self._replaced_at >= _REPLACED_AFTER
-        # Whoever asked before us needs microseconds to be through. Waking up often gives its thread the processor also
-        # where there is little of it; those who come after us wait for us.
-        while is_due and not self._is_settled():
-            self._sleep(_LOOK_AGAIN_AFTER)
-        is_settled, self._asked_at = self._is_settled(), self._mono()
-        if not is_settled:
-            return None
-        self._served, self._replaced_at = current, self._asked_at
-        return _configuration(current)
-
-    def _is_settled(self) -> bool:
-        """Say whether nobody can be between asking for a configuration and using it."""
-        return self._mono() - self._asked_at >= _SETTLED_AFTER
-
-
-def _configuration(pems: TlsPems) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([(pems.private_key, pems.certificate_chain)], pems.client_ca)
+    def freeze(self) -> None:
+        """Follow the files no longer. To be called before the listener is stopped."""
+        self._configurations.freeze()
 
 
 def server_credentials(pems: Callable[[], TlsPems]) -> grpc.ServerCredentials:
-    """Return credentials for one listener, which follow `pems` and require a client certificate."""
-    configurations = _Configurations(pems, mono=time.monotonic, sleep=time.sleep)
-    # The stubs do not know that None means unchanged.
-    fetch = cast("Callable[[], grpc.ServerCertificateConfiguration]", configurations)
-    return grpc.dynamic_ssl_server_credentials(configurations.first, fetch, require_client_authentication=True)
+    """Return credentials for one listener of any server, which follow `pems` and require a client certificate.
+
+    In a burst, of handshakes that are less than half a second apart, the configuration stays for a minute at most.
+    """
+    return MutualTls(pems, ListenerLimits()).credentials
 
 
 def new_server(limits: ListenerLimits) -> grpc.aio.Server:
@@ -120,16 +88,17 @@ def new_server(limits: ListenerLimits) -> grpc.aio.Server:
         )
 
 
-def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials, *, setting: str) -> int:
+def bind(server: grpc.aio.Server, address: str, tls: MutualTls, *, setting: str) -> int:
     """Bind `server` to `address`, and return the port. Raises `ConfigError` that names `setting`."""
     try:
-        port: int = server.add_secure_port(address, credentials)
+        port: int = server.add_secure_port(address, tls.credentials)
     except RuntimeError as error:
         msg = f"{setting}: cannot listen on {address}: is the port taken by another process? ({error})"
         raise ConfigError(msg) from error
     if port == 0:
         msg = f"{setting}: cannot listen on {address}: give a free port of an address of this host"
         raise ConfigError(msg)
+    tls.keep(address.rpartition(":")[0], port)
     return port
 
 
