@@ -29,6 +29,7 @@ from carnet_broker.config import BrokerConfig, host_and_port
 from carnet_broker.core.minting import MintingRules
 from carnet_broker.core.readiness import Readiness, judge_readiness
 from carnet_broker.core.workload import IdentityCache, LeafRules, Workload
+from carnet_broker.disk_thread import DiskThread
 from carnet_broker.edges.grpc.calls import AuthContext, AuthenticatedCalls
 from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, bind, connections_within, new_server
 from carnet_broker.edges.grpc.refused_calls import refusal_record
@@ -64,6 +65,8 @@ _OTHER_DESCRIPTORS: Final = 128
 """Files, Vault, and what gRPC needs for itself."""
 _LOOK_AT_FILES_EVERY: Final = 1.0
 _AUDIT_DEADLINE: Final = timedelta(seconds=5)
+_LAST_WRITE_WITHIN: Final = 1.0
+"""Seconds that a write has at the end, though the time to drain is over."""
 
 
 class SystemClock:
@@ -125,7 +128,8 @@ class Broker:
         )
         check_audit_directory(config.audit.directory)
         self._audit = JsonLinesAudit(config.audit.directory, durability=config.audit.durability)
-        self._audit_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="carnet-audit")
+        self._audit_thread = DiskThread("carnet-audit")
+        self._commit = GroupCommit(self._audit.issue, self._audit_thread, deadline=_AUDIT_DEADLINE)
         self._vault_threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="carnet-sign")
         remote = config.keys.store == "transit"
         self._issuer = Issuer(
@@ -139,7 +143,7 @@ class Broker:
             keys=self._holder,
             admission=Admission(rate=limits.tokens_per_second, burst=limits.token_burst),
             audit=self._audit,
-            commit=GroupCommit(self._audit.issue, self._audit_thread, deadline=_AUDIT_DEADLINE),
+            commit=self._commit,
             sign=self._sign_in_vault if remote else _sign_here,
             check_every=1 if remote else CHECK_EVERY,
             count_issued=self.telemetry.tokens.inc,
@@ -235,12 +239,16 @@ class Broker:
         for one in tls.values():
             one.freeze()
         drain = config.limits.drain.total_seconds()
+        drained_at = self._clock.mono() + drain
         await asyncio.gather(tokens.stop(drain), trust.stop(drain))
         plain.should_exit = True
         watch_task.cancel()
         await asyncio.gather(plain_task, watch_task, return_exceptions=True)
         await asyncio.to_thread(self._keyring_loop.stop)
-        self._audit_thread.shutdown()
+        left = max(drained_at - self._clock.mono(), _LAST_WRITE_WITHIN)
+        if not await asyncio.to_thread(self._audit_thread.close, within=left):
+            # No token of theirs has left. Whether they are on the disk, the disk knows: they count as issued.
+            self.telemetry.log.error("audit_disk_hangs", records_in_doubt=self._commit.unwritten)
         self._vault_threads.shutdown(cancel_futures=True)
         self._audit.close()
         self.telemetry.log.info("stopped")

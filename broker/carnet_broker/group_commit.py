@@ -38,8 +38,14 @@ class GroupCommit:
         self._deadline = deadline.total_seconds()
         self._waiting: list[tuple[Sequence[IssueRecord], asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
+        self._writing = 0
         self._writing_since = 0.0
         """By the loop's clock; of use while there is a `_writer`."""
+
+    @property
+    def unwritten(self) -> int:
+        """How many records wait, or are in a write that has not returned."""
+        return self._writing + sum(len(records) for records, done in self._waiting if not done.done())
 
     async def __call__(self, records: Sequence[IssueRecord]) -> None:
         """Return when `records` are durable. Raises `AuditUnavailableError`, after the deadline at the latest.
@@ -70,11 +76,13 @@ class GroupCommit:
                 failure: AuditUnavailableError | None = None
                 try:
                     records = [record for records, _ in group for record in records]
+                    self._writing = len(records)
                     await loop.run_in_executor(self._executor, self._write, records)
                 except AuditUnavailableError as error:
                     failure = error
                 except Exception as error:  # noqa: BLE001 - not known to be durable, so nobody gets a token for it
                     failure = AuditUnavailableError(f"the audit file failed: {error!r}")
+                self._writing = 0
                 for _, done in group:
                     if not done.done():
                         done.set_result(None) if failure is None else done.set_exception(failure)
