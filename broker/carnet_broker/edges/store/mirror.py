@@ -1,0 +1,54 @@
+"""The mirror of the keyring document in the database."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from sqlalchemy import select
+
+from carnet_broker.edges.store.database import Database, nonsense
+from carnet_broker.edges.store.tables import ONLY_ROW, keyring_mirror
+from carnet_broker.ports import MirroredKeyring
+
+__all__ = ["StoredMirror"]
+
+_WHAT: Final = "a keyring"
+
+
+class StoredMirror:
+    """`ports.KeyringMirror`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def save(self, generation: int, content: dict[str, Any]) -> None:
+        """Keep `content`, unless a later generation is there."""
+        values = {"generation": generation, "content": json.dumps(content, sort_keys=True)}
+        with self._database.write() as transaction:
+            values["saved_at"] = transaction.now()
+            transaction.connection.execute(
+                transaction.insert(keyring_mirror)
+                .values(id=ONLY_ROW, **values)
+                .on_conflict_do_update(
+                    index_elements=[keyring_mirror.c.id],
+                    set_=values,
+                    where=keyring_mirror.c.generation <= generation,
+                )
+            )
+            transaction.changed = True
+
+    def load(self) -> MirroredKeyring | None:
+        """Return what was saved last, None where nothing was."""
+        with self._database.read() as transaction:
+            row = transaction.connection.execute(select(keyring_mirror)).first()
+            now = transaction.now()
+        if row is None:
+            return None
+        try:
+            content = json.loads(row.content)
+        except ValueError as error:
+            raise nonsense(_WHAT) from error
+        if not isinstance(content, dict):
+            raise nonsense(_WHAT)
+        return MirroredKeyring(generation=row.generation, content=content, saved_at=row.saved_at, read_at=now)

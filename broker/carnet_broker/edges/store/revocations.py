@@ -1,0 +1,160 @@
+"""The log of revocations in the database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import Row, insert, select, update
+
+from carnet.errors import InvalidRevocationError
+from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, check_entry
+from carnet_broker.edges.store.database import Database, Transaction, nonsense
+from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
+from carnet_broker.edges.store.migrate import epoch_of
+from carnet_broker.edges.store.tables import ONLY_ROW, revocation_log, revocations
+from carnet_broker.ports import Appended, LogPosition, NewRevocation, RevocationPage
+
+__all__ = ["StoredRevocations"]
+
+_LOG: Final = "no position in the log of revocations, which"
+_REVOCATION: Final = "a revocation"
+
+_ENTRY = (
+    revocations.c.version,
+    revocations.c.kind,
+    revocations.c.value,
+    revocations.c.before_version,
+    revocations.c.expires_at,
+)
+
+
+class StoredRevocations:
+    """`ports.RevocationLog`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def append(self, entries: Sequence[NewRevocation]) -> Appended:
+        """Make `entries` durable, in their order, with the next versions.
+
+        Raises `InvalidRevocationError` for one that cannot be, and then enters none; `StoreUnavailableError`. After
+        that one they may be there all the same, if the answer was lost: entering them again does no harm.
+        """
+        with self._database.write() as transaction:
+            log = _position(transaction, lock=True)
+            now = transaction.now()
+            written = tuple(numbered(new, log.version + place) for place, new in enumerate(entries, 1))
+            position = _enter(transaction, log, list(zip(written, entries, strict=True)), now)
+        return Appended(entries=written, position=position, at=now)
+
+    def read(self, after: LogPosition | None) -> RevocationPage:
+        """Return what came after `after`, or all that is in force (see the port).
+
+        A snapshot may hold entries that have ended: they are here until they are cleaned up.
+        """
+        with self._database.read() as transaction:
+            now = transaction.now()
+            log = _position(transaction)
+            if after == log:
+                return RevocationPage(position=log, snapshot=False, entries=(), read_at=now)
+            if after is not None and after.epoch == log.epoch and after.version < log.version:
+                entries = _entries(transaction, after.version)
+                if follows(after, entries, log):
+                    return RevocationPage(position=log, snapshot=False, entries=tuple(entries), read_at=now)
+            return RevocationPage(position=log, snapshot=True, entries=tuple(_entries(transaction)), read_at=now)
+
+    def begin_epoch(self, *, seen: LogPosition, carry: Sequence[Revocation], now: datetime) -> LogPosition:
+        """Begin a new epoch where the store is not a later state of what was `seen`; else do nothing (see the port).
+
+        That is more than a lower version: a store that was restored and written to since may have overtaken `seen`.
+        """
+        with self._database.write() as transaction:
+            log = _position(transaction, lock=True)
+            if log.epoch > seen.epoch:
+                return log
+            held = _entries(transaction)
+            later = [entry for entry in held if entry.version > seen.version]
+            if follows(seen, later, log) is not False:
+                return log
+            start = LogPosition(
+                epoch=max(epoch_of(now), log.epoch + 1, seen.epoch + 1),
+                version=max(log.version, seen.version) + EPOCH_JUMP,
+                digest=GENESIS_DIGEST,
+            )
+            carried = [
+                NewRevocation(
+                    kind=entry.kind,
+                    value=entry.value,
+                    expires_at=entry.expires_at,
+                    before_version=entry.before_version,
+                    reason=f"carried over from epoch {seen.epoch}, version {entry.version}",
+                )
+                for entry in lacking(carry, held, now)
+            ]
+            entries = [(numbered(new, start.version + place), new) for place, new in enumerate(carried, 1)]
+            return _enter(transaction, start, entries, transaction.now())
+
+
+def _enter(
+    transaction: Transaction, log: LogPosition, entries: list[tuple[Revocation, NewRevocation]], now: datetime
+) -> LogPosition:
+    """Write `entries` after `log`, and the position that they lead to."""
+    position = LogPosition(
+        epoch=log.epoch,
+        version=log.version + len(entries),
+        digest=chained(log.digest, (entry for entry, _ in entries)),
+    )
+    if entries:
+        transaction.connection.execute(
+            insert(revocations),
+            [
+                {
+                    "version": entry.version,
+                    "kind": entry.kind.value,
+                    "value": entry.value,
+                    "before_version": entry.before_version,
+                    "expires_at": entry.expires_at,
+                    "created_at": now,
+                    "asked_by": new.by,
+                    "reason": new.reason,
+                }
+                for entry, new in entries
+            ],
+        )
+    transaction.connection.execute(
+        update(revocation_log)
+        .where(revocation_log.c.id == ONLY_ROW)
+        .values(epoch=position.epoch, version=position.version, digest=position.digest)
+    )
+    transaction.changed = True
+    return position
+
+
+def _position(transaction: Transaction, *, lock: bool = False) -> LogPosition:
+    query = select(revocation_log.c.epoch, revocation_log.c.version, revocation_log.c.digest)
+    row = transaction.connection.execute(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise nonsense(_LOG)
+    return LogPosition(epoch=row.epoch, version=row.version, digest=bytes(row.digest))
+
+
+def _entries(transaction: Transaction, after: int = 0) -> list[Revocation]:
+    query = select(*_ENTRY).where(revocations.c.version > after).order_by(revocations.c.version)
+    return [_entry(row) for row in transaction.connection.execute(query)]
+
+
+def _entry(row: Row[*tuple[Any, ...]]) -> Revocation:
+    try:
+        entry = Revocation(
+            version=row.version,
+            kind=RevocationKind(row.kind),
+            value=row.value,
+            before_version=row.before_version,
+            expires_at=row.expires_at,
+        )
+        check_entry(entry)
+    except (ValueError, TypeError, AttributeError, InvalidRevocationError) as error:
+        raise nonsense(_REVOCATION) from error
+    return entry
