@@ -6,7 +6,12 @@ follows from the document alone. One thing cannot be: a private key that was mad
 enter into the document. Nobody knows of it, so nobody trusts it.
 
 What cannot be done now does not hold up what can: a letter box that cannot be read, a private key that cannot be loaded
-or destroyed. A key that was revoked stops being served whatever else is amiss. What failed is raised at the end.
+or destroyed, a shared store that does not answer. A key that was revoked stops being served whatever else is amiss.
+What failed is raised at the end.
+
+The shared store has a mirror of the document. A document in Vault that is older than the mirror is not believed. While
+there is none that can be believed, this replica lives on the mirror: it serves the keys that are there, and signs while
+the store confirms its ACTIVE key and it has that key in memory.
 
 Each step takes its own look at the clock. A round with a slow Vault lasts long; a key that went into the document with
 the time of the round's beginning would sign before every verifier has it, or be removed before its last token is over.
@@ -14,8 +19,8 @@ the time of the round's beginning would sign before every verifier has it, or be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final, Protocol
 
@@ -23,8 +28,11 @@ from carnet_broker.core.keyring import (
     ActivateKey,
     CreateKey,
     DestroyKey,
+    Gate,
     KeyRecord,
     Keyring,
+    KeyringRegressionError,
+    PermitKey,
     PublishKey,
     RemoveKey,
     RevokeKey,
@@ -35,22 +43,28 @@ from carnet_broker.core.keyring import (
     check_succession,
     plan,
 )
-from carnet_broker.core.keyring_document import keyring_of_content, keyring_to_content
+from carnet_broker.core.keyring_document import InvalidKeyringError, keyring_of_content, keyring_to_content
 from carnet_broker.core.requests import RequestKind, RequestStatus, RotationRequest, judge, wish_of
+from carnet_broker.core.rollout import Permit, VerifierSession
 from carnet_broker.ports import (
     Clock,
     DocumentConflictError,
     KeyLostError,
     KeyringDocument,
+    KeyringMirror,
     KeyStore,
     KeyStoreUnavailableError,
+    ReplicasSeen,
+    Rollout,
     RotationRequests,
     Signer,
     StoredKey,
+    StoreUnavailableError,
 )
+from carnet_broker.shared_rollout import SharedRollout
 from carnet_broker.signing import KeyringHolder, KeyringView
 
-__all__ = ["RotationDriver", "RotationEvents"]
+__all__ = ["RotationDriver", "RotationEvents", "RotationProgress"]
 
 _MAX_STEPS: Final = 16
 """More steps than any plan needs at once; a round that takes more is ended, and the next one goes on."""
@@ -71,6 +85,28 @@ class RotationEvents(Protocol):
     def key_lost(self, kid: str, error: KeyLostError) -> None:
         """Tell that the private key of `kid` cannot be used any more; once for each finding, not at each look."""
 
+    def permitted(self, permit: Permit, left_behind: Sequence[VerifierSession]) -> None:
+        """Tell that a key may become the signer, and which live verifiers had not acknowledged it at its deadline."""
+
+    def waits(self, progress: RotationProgress) -> None:
+        """Tell what the keyring waits for; at the end of each round."""
+
+    def regressed(self, error: KeyringRegressionError) -> None:
+        """Tell that a keyring was refused that is older than what was in force, or forgets a revocation: an alarm."""
+
+
+@dataclass(frozen=True, slots=True)
+class RotationProgress:
+    """How the last round left the keyring."""
+
+    keyring: Keyring
+    wait: Wait | None
+    """What it waits for; None where the round ended with steps to be taken."""
+    gate: Gate | None
+    """What the shared store said of the STANDBY key, None where it did not answer."""
+    laggards: tuple[VerifierSession, ...] = ()
+    """The live verifiers that had not acknowledged the STANDBY key, when its rotation was due and they were asked."""
+
 
 class RotationDriver:
     """Drives one keyring. Not thread-safe: one thread calls `tick`."""
@@ -86,7 +122,13 @@ class RotationDriver:
         issuer: str,
         store_name: str,
         timing: Timing,
+        rollout: Rollout,
+        mirror: KeyringMirror,
+        replicas: Callable[[], ReplicasSeen | None],
     ) -> None:
+        """`replicas` returns what the store last said of the brokers. None, or what is older than a lease, holds up
+        every rotation but those of breakglass.
+        """
         self._document = document
         self._store = store
         self._requests = requests
@@ -95,37 +137,46 @@ class RotationDriver:
         self._issuer = issuer
         self._store_name = store_name
         self._timing = timing
+        self._shared = SharedRollout(
+            rollout=rollout, mirror=mirror, replicas=replicas, issuer=issuer, store_name=store_name
+        )
         self._version = 0
         self._signers: dict[str, Signer] = {}
         self._lost: frozenset[str] = frozenset()
         self._unplaced: list[StoredKey] = []
         self._trouble: KeyStoreUnavailableError | None = None
         self._swept_at: datetime | None = None
+        self._progress: RotationProgress | None = None
 
-    def tick(self, clock: Clock) -> datetime | None:
+    @property
+    def keyring(self) -> Keyring | None:
+        """The keyring in force here; may be read by any thread."""
+        view = self._holder.view
+        return None if view is None else view.keyring
+
+    @property
+    def progress(self) -> RotationProgress | None:
+        """How the last round that read the document left the keyring; may be read by any thread."""
+        return self._progress
+
+    def tick(self, clock: Clock, *, revoke: Sequence[str] = ()) -> datetime | None:
         """Read, plan and act until there is nothing to do; return when there will be (None: when somebody asks).
 
-        Raises `InvalidKeyringError` or `KeyringRegressionError` for a document that is not to be believed, and
-        `KeyStoreUnavailableError`. Where the document could not be read, the view in force stays, unconfirmed.
+        `revoke` are keys to stop trusting at once, as breakglass asks it. Raises `InvalidKeyringError` or
+        `KeyringRegressionError` for a document that is not to be believed, `KeyStoreUnavailableError`, and
+        `StoreUnavailableError` where Vault is well and the shared store is not. Where the document could not be read,
+        the view in force stays, unless the mirror has a later one.
         """
         self._trouble = None
+        self._shared.begin_round()
         keyring = self._load(clock)
         pending = self._pending()
-        until: datetime | None = None
-        for _ in range(_MAX_STEPS):
-            wish = wish_of(pending, keyring, timing=self._timing)
-            step = self._plan(keyring, clock.now(), wish)
-            if isinstance(step, Wait):
-                until = step.until
-                break
-            try:
-                keyring = self._take(step, keyring, pending, clock)
-            except DocumentConflictError:
-                keyring = self._load(clock)
-        else:
-            until = clock.now()
+        progress = self._act(keyring, pending, revoke, clock)
+        self._progress, keyring, wait = progress, progress.keyring, progress.wait
+        self._events.waits(progress)
+        laggards = [f"{session.spiffe_id} {session.instance_id}" for session in progress.laggards]
         for request in pending:
-            result = judge(request, keyring, timing=self._timing)
+            result = judge(request, keyring, timing=self._timing, wait=wait, laggards=laggards)
             if result != request.result:
                 self._requests.answer(request, result)
         now = clock.now()
@@ -134,19 +185,50 @@ class RotationDriver:
             self._swept_at = now
         if self._trouble is not None:
             raise self._trouble
-        return until
+        if self._shared.trouble is not None:
+            raise self._shared.trouble
+        return clock.now() if wait is None else wait.until
 
-    def _plan(self, keyring: Keyring, now: datetime, wish: Wish) -> Step | Wait:
-        """Plan with what is known of the other replicas: that each serves a document `replica_lag` after its write."""
+    def _act(
+        self, keyring: Keyring, pending: Sequence[RotationRequest], revoke: Sequence[str], clock: Clock
+    ) -> RotationProgress:
+        """Plan and take steps until there are none, or enough were taken."""
+        asked = False
+        laggards: tuple[VerifierSession, ...] = ()
+        gate: Gate | None = None
+        for _ in range(_MAX_STEPS):
+            wish = wish_of(pending, keyring, timing=self._timing)
+            wish = replace(wish, revoke=(*wish.revoke, *revoke))
+            gate = self._shared.gate(keyring, clock.now())
+            if gate is not None and asked:
+                gate = replace(gate, awaiting=True)
+            step = self._plan(keyring, clock.now(), gate, wish)
+            if isinstance(step, Wait):
+                return RotationProgress(keyring, step, gate, laggards)
+            if isinstance(step, PermitKey):
+                permit, laggards = self._shared.permit(step.kid, overdue=step.overdue)
+                if permit is None:
+                    asked = True
+                else:
+                    self._events.permitted(permit, laggards)
+                    laggards = ()
+                continue
+            try:
+                keyring = self._take(step, keyring, pending, clock)
+            except DocumentConflictError:
+                keyring = self._load(clock)
+            except StoreUnavailableError:
+                continue  # It is noted, and the plan goes on without what needs the store.
+        return RotationProgress(keyring, None, gate, laggards)
+
+    def _plan(self, keyring: Keyring, now: datetime, gate: Gate | None, wish: Wish) -> Step | Wait:
+        """Plan with what is known of the private keys."""
         active, standby = keyring.active, keyring.standby
         if standby is not None and standby.kid in self._lost:
             return RevokeKey(standby.kid)  # It stands by for nothing: make another while the signer still signs.
         if active is not None and active.kid in self._lost:
-            wish = replace(wish, rotate=True)
-        served_since = None
-        if standby is not None and standby.published_at is not None:
-            served_since = standby.published_at + self._timing.replica_lag
-        return plan(keyring, now=now, timing=self._timing, served_since=served_since, wish=wish)
+            wish = replace(wish, rotate_since=active.activated_at)
+        return plan(keyring, now=now, timing=self._timing, gate=gate, wish=wish)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -161,19 +243,63 @@ class RotationDriver:
     def _load(self, clock: Clock) -> Keyring:
         """Read the document, and put it in force where it is new."""
         now, mono = clock.now(), clock.mono()  # Before the reading: what is read is as new as that, or newer.
+        # The mirror first: what it has was in Vault before.
+        mirrored = self._shared.mirrored()
+        try:
+            keyring = self._read(mirrored)
+        except (KeyStoreUnavailableError, InvalidKeyringError, KeyringRegressionError) as error:
+            if isinstance(error, KeyringRegressionError):
+                self._events.regressed(error)
+            if mirrored is not None:
+                self._live_on(mirrored, now, mono)
+            raise
+        if keyring.generation > 0:
+            self._adopt(keyring, now, mono)
+            if mirrored is not None:
+                self._shared.save(keyring)
+        self._destroy_unplaced(keyring)
+        return keyring
+
+    def _read(self, mirrored: Keyring | None) -> Keyring:
+        """Return the keyring in Vault, if it may follow the one in force and the one in the mirror."""
         document = self._document.load()
-        view = self._holder.view
         if document is None:
             keyring, self._version = Keyring(issuer=self._issuer), 0
         else:
             keyring = keyring_of_content(document.content, issuer=self._issuer, store=self._store_name)
             self._version = document.version
-        if view is not None:
-            check_succession(view.keyring, keyring)
-        if keyring.generation > 0:
-            self._adopt(keyring, now, mono)
-        self._destroy_unplaced(keyring)
+        for before in (self._holder.view.keyring if self._holder.view is not None else None, mirrored):
+            if before is not None:
+                check_succession(before, keyring)
         return keyring
+
+    def _live_on(self, mirrored: Keyring, now: datetime, mono: float) -> None:
+        """Make do with the mirror: adopt a later keyring, public part only, and take the store's word for the signer.
+
+        Signed with are only keys that are in memory already.
+        """
+        view = self._holder.view
+        if view is None or view.keyring.generation < mirrored.generation:
+            if mirrored.generation == 0:
+                return
+            try:
+                if view is not None:
+                    check_succession(view.keyring, mirrored)
+            except KeyringRegressionError as error:
+                self._events.regressed(error)
+                return
+            self._put_in_force(mirrored, now, mono)
+        elif view.keyring.generation > mirrored.generation:
+            if not self._shared.save(view.keyring):
+                return
+        elif view.keyring != mirrored:
+            return
+        in_force = self._holder.view
+        assert in_force is not None  # noqa: S101 - one was there, or was just put
+        if self._shared.may_be_superseded(in_force.keyring) is False:
+            self._holder.confirm(now, mono)
+        elif self._shared.trouble is None or in_force is not view:
+            self._holder.doubt()
 
     def _adopt(self, keyring: Keyring, now: datetime, mono: float) -> None:
         """Put `keyring` in force, with the signers of the key that signs and of the one that will.
@@ -197,11 +323,16 @@ class RotationDriver:
             except KeyStoreUnavailableError as error:
                 self._trouble = error
         self._signers, self._lost = signers, frozenset(lost)
+        self._put_in_force(keyring, now, mono)
+
+    def _put_in_force(self, keyring: Keyring, now: datetime, mono: float) -> None:
+        """Serve `keyring`, and sign with its ACTIVE key where that is in memory."""
+        active = keyring.active
         self._holder.adopt(
             KeyringView(
                 keyring=keyring,
                 key=active,
-                signer=signers.get(active.kid) if active is not None else None,
+                signer=self._signers.get(active.kid) if active is not None else None,
                 jwks=keyring.key_set().to_json() if keyring.published else "",
                 confirmed_at=now,
                 confirmed_mono=mono,
@@ -216,7 +347,9 @@ class RotationDriver:
     # -- acting ----------------------------------------------------------------------------------------------------
 
     def _take(self, step: Step, keyring: Keyring, pending: Sequence[RotationRequest], clock: Clock) -> Keyring:
-        """Carry out `step` and write its result. Raises `DocumentConflictError` where somebody else was first."""
+        """Carry out `step` and write its result. Raises `DocumentConflictError` where somebody else was first, and
+        `StoreUnavailableError` where the step needs the shared store.
+        """
         created: StoredKey | None = None
         try:
             if isinstance(step, CreateKey):
@@ -239,6 +372,7 @@ class RotationDriver:
         self._unplaced = [key for key in self._unplaced if changed.get(key.jwk.kid) is None]
         self._events.step_taken(step, changed)
         self._adopt(changed, now, mono)
+        self._shared.save(changed)
         return changed
 
     def _changed(self, step: Step, keyring: Keyring, pending: Sequence[RotationRequest], clock: Clock) -> Keyring:
@@ -246,6 +380,7 @@ class RotationDriver:
         match step:
             case PublishKey(kid):
                 self._prove(keyring.require(kid))
+                self._shared.raise_to(keyring, kid)
                 return keyring.with_published(kid, clock.now())
             case ActivateKey(kid):
                 self._prove(keyring.require(kid))
@@ -264,7 +399,7 @@ class RotationDriver:
             case DestroyKey(kid):
                 self._store.destroy(_stored(keyring.require(kid)), live=[_stored(key) for key in keyring.live])
                 return keyring.with_destroyed(kid, clock.now())
-            case CreateKey():  # pragma: no cover - made by _take, which must keep the new key at hand
+            case CreateKey() | PermitKey():  # pragma: no cover - the one is made by _take, the other writes nothing
                 raise AssertionError(step)
 
     def _destroy_unplaced(self, keyring: Keyring) -> None:

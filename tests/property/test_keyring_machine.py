@@ -16,11 +16,14 @@ from carnet_broker.core.keyring import (
     ActivateKey,
     CreateKey,
     DestroyKey,
+    Gate,
     Keyring,
     KeyState,
+    PermitKey,
     PublishKey,
     RemoveKey,
     RevokeKey,
+    Step,
     Wait,
     Wish,
     check_succession,
@@ -47,6 +50,7 @@ class KeyringWorld(RuleBasedStateMachine):
         self.tokens: list[tuple[str, datetime]] = []
         self.emergency_until = T0 + timedelta(0)
         self.revoked: set[str] = set()
+        self.permitted: str | None = None
 
     @rule(seconds=st.sampled_from([1, 2, 5, 30, 95, 400]))
     def time_passes(self, seconds: int) -> None:
@@ -58,46 +62,68 @@ class KeyringWorld(RuleBasedStateMachine):
         rotate=st.booleans(),
         rotate_now=st.sampled_from([False, False, False, True]),
         victim=st.sampled_from([*[None] * 20, 0, 1, 2, 3]),
+        store=st.sampled_from(["acknowledged", "acknowledged", "lagging", "down"]),
     )
-    def step(self, rotate: bool, rotate_now: bool, victim: int | None) -> None:
+    def step(self, rotate: bool, rotate_now: bool, victim: int | None, store: str) -> None:
         """Take the step that the plan names for some wish."""
         keys = self.keyring.keys
         revoke = (keys[victim % len(keys)].kid,) if victim is not None and keys else ()
+        gate = None if store == "down" else self.gate()
+        wish = Wish(rotate_since=self.now if rotate else None, rotate_now=rotate_now, revoke=revoke)
+        step = plan(self.keyring, now=self.now, timing=TIMING, gate=gate, wish=wish)
+        if gate is None:
+            assert not isinstance(step, CreateKey | PublishKey | PermitKey)
+        if isinstance(step, Wait):
+            # Straight to the moment at which something may happen: the boundaries are where faults live.
+            if step.until is not None and step.until - self.now < TIMING.rotate_every / 2:
+                self.time_passes(max(1, int((step.until - self.now) / SECOND)))
+        elif isinstance(step, PermitKey):
+            self.check_every_poller_has(step.kid)
+            if step.overdue or store == "acknowledged":
+                self.permitted = step.kid
+        else:
+            before, self.keyring = self.keyring, self.carried_out(step, now=rotate_now)
+            assert before.generation + 1 == self.keyring.generation
+            check_succession(before, self.keyring)
+            self.history.append((self.now, self.keyring))
+
+    def gate(self) -> Gate:
+        """Return what the store knows: of the standby, once it is published."""
         standby = self.keyring.standby
-        served_since = standby.published_at + LATE if standby is not None and standby.published_at else None
-        wish = Wish(rotate=rotate, rotate_now=rotate_now, revoke=revoke)
-        step = plan(self.keyring, now=self.now, timing=TIMING, served_since=served_since, wish=wish)
+        if standby is None:
+            return Gate()
+        return Gate(
+            raised_at=standby.published_at,
+            served_since=standby.published_at + LATE,
+            permitted=self.permitted == standby.kid,
+        )
+
+    def carried_out(self, step: Step, *, now: bool) -> Keyring:
+        """Return what the keyring becomes by `step`, having checked that the rest of the world is ready for it."""
         before = self.keyring
         match step:
             case CreateKey():
-                self.keyring = before.with_created(next(self.supply), None, self.now)
+                return before.with_created(next(self.supply), None, self.now)
             case PublishKey(kid):
-                self.keyring = before.with_published(kid, self.now)
+                return before.with_published(kid, self.now)
             case ActivateKey(kid):
-                if not rotate_now and before.active is not None:
+                if not now and before.active is not None:
+                    assert kid == self.permitted
                     self.check_every_poller_has(kid)
                 else:
                     self.emergency_until = self.now + LATE + POLL + TIMING.skew
-                self.keyring = before.with_activated(kid, self.now, TIMING)
+                return before.with_activated(kid, self.now, TIMING)
             case RemoveKey(kid):
                 assert all(kid != signed for signed, _ in self.tokens), "a key is removed under a living token"
-                self.keyring = before.with_removed(kid, self.now)
+                return before.with_removed(kid, self.now)
             case RevokeKey(kid):
-                self.keyring = before.with_revoked(kid, self.now, TIMING)
                 self.revoked.add(kid)
                 self.emergency_until = self.now + LATE + POLL + TIMING.skew
                 self.tokens = [(signed, end) for signed, end in self.tokens if signed != kid]
-            case DestroyKey(kid):
-                assert before.get(kid).state in {KeyState.REMOVED, KeyState.REVOKED}
-                self.keyring = before.with_destroyed(kid, self.now)
-            case Wait(until):
-                # Straight to the moment at which something may happen: the boundaries are where faults live.
-                if until is not None and until - self.now < TIMING.rotate_every / 2:
-                    self.time_passes(max(1, int((until - self.now) / SECOND)))
-                return
-        assert before.generation + 1 == self.keyring.generation
-        check_succession(before, self.keyring)
-        self.history.append((self.now, self.keyring))
+                return before.with_revoked(kid, self.now, TIMING)
+        assert isinstance(step, DestroyKey)
+        assert before.get(step.kid).state in {KeyState.REMOVED, KeyState.REVOKED}
+        return before.with_destroyed(step.kid, self.now)
 
     @rule(seconds_ago=st.sampled_from([0, 5, 29, 30]))
     def a_replica_signs(self, seconds_ago: int) -> None:

@@ -26,6 +26,7 @@ TIMING = Timing(
     sign_for=3600 * SECOND,
     rotate_every=600 * SECOND,
     min_interval=100 * SECOND,
+    acknowledge_within=50 * SECOND,
 )
 
 

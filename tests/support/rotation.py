@@ -1,27 +1,41 @@
-"""Rotation drivers over one Vault in memory, with every call that they make to it at hand.
+"""Rotation drivers over one Vault and one store in memory, with every call that they make to them at hand.
 
 `Vault` is what all replicas share, `Replica` what one process has. A *tap* stands between the two: it gets the name of
-each call and the call itself, and decides what becomes of it.
+each call and the call itself, and decides what becomes of it. The names of calls to the store begin with ``store.``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
 
-from carnet_broker.core.keyring import Keyring, KeyState, Step, Timing
+from carnet_broker.core.keyring import Keyring, KeyringRegressionError, KeyState, Step, Timing, Wait
 from carnet_broker.core.keyring_document import keyring_of_content
 from carnet_broker.core.requests import RequestKind, RequestStatus
-from carnet_broker.ports import KeyLostError, KeyStoreUnavailableError
-from carnet_broker.rotation import RotationDriver
+from carnet_broker.core.rollout import Permit, VerifierSession
+from carnet_broker.ports import KeyLostError, KeyStoreUnavailableError, ReplicasSeen, StoreUnavailableError
+from carnet_broker.rotation import RotationDriver, RotationProgress
 from carnet_broker.signing import KeyringHolder
 from support.fakes import FakeKeyringDocument, FakeKeyStore, FakeRotationRequests
 from support.keyrings import ISSUER, T0, TIMING
+from support.shared_store import SharedStore
 
-__all__ = ["FAULTS", "FaultAt", "Heard", "KilledError", "ManualClock", "Replica", "Tap", "Vault", "straight_through"]
+__all__ = [
+    "FAULTS",
+    "FaultAt",
+    "Heard",
+    "KilledError",
+    "ManualClock",
+    "Replica",
+    "Tap",
+    "Vault",
+    "go_wrong",
+    "straight_through",
+]
 
 Tap: TypeAlias = Callable[[str, Callable[[], Any]], Any]
 
@@ -70,6 +84,7 @@ class Vault:
         self.store = FakeKeyStore(versioned=versioned)
         self.document = FakeKeyringDocument()
         self.requests = FakeRotationRequests()
+        self.shared = SharedStore(clock)
 
     @property
     def history(self) -> list[Keyring]:
@@ -124,6 +139,11 @@ class Heard:
     steps: list[str] = field(default_factory=list)
     generations: list[int] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    permits: list[tuple[Permit, list[str]]] = field(default_factory=list)
+    """Each permit, with the instances of the verifiers that it left behind."""
+    waiting: list[tuple[Wait | None, list[str]]] = field(default_factory=list)
+    """What each round ended with, with the instances of the verifiers that it waits for."""
+    regressions: int = 0
 
     def step_taken(self, step: Step, keyring: Keyring) -> None:
         """Keep the name of the step."""
@@ -139,21 +159,35 @@ class Heard:
         del error
         self.lost.append(kid)
 
+    def permitted(self, permit: Permit, left_behind: Sequence[VerifierSession]) -> None:
+        """Keep the permit."""
+        self.permits.append((permit, [session.instance_id for session in left_behind]))
+
+    def waits(self, progress: RotationProgress) -> None:
+        """Keep what is waited for."""
+        self.waiting.append((progress.wait, [session.instance_id for session in progress.laggards]))
+
+    def regressed(self, error: KeyringRegressionError) -> None:
+        """Count it."""
+        del error
+        self.regressions += 1
+
 
 class _Tapped:
     """A port whose every call goes through a tap."""
 
-    def __init__(self, port: object, tap: Callable[[], Tap]) -> None:
+    def __init__(self, port: object, tap: Callable[[], Tap], prefix: str = "") -> None:
         self._port = port
         self._tap = tap
+        self._prefix = prefix
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - a method of any port
         method = getattr(self._port, name)
-        return lambda *args, **more: self._tap()(name, lambda: method(*args, **more))
+        return lambda *args, **more: self._tap()(self._prefix + name, lambda: method(*args, **more))
 
 
 class Replica:
-    """One process: a driver and what it holds."""
+    """One process: a driver and what it holds. Its lease is renewed whenever the driver looks at the leases."""
 
     def __init__(
         self,
@@ -167,9 +201,13 @@ class Replica:
         self.vault = vault
         self.tap = tap
         self.heard = Heard()
-        self.holder = KeyringHolder(island=timing.island)
+        self.holder = KeyringHolder(island=timing.island, confirm_within=timing.island / 2)
+        self.replica_id = f"replica-{uuid.uuid4()}"
         document, store, requests = (
             _Tapped(port, lambda: self.tap) for port in (vault.document, vault.store, vault.requests)
+        )
+        rollout, mirror = (
+            _Tapped(port, lambda: self.tap, "store.") for port in (vault.shared.rollout, vault.shared.mirror)
         )
         self.driver = RotationDriver(
             document=document,
@@ -180,7 +218,19 @@ class Replica:
             issuer=issuer,
             store_name=store_name or vault.store_name,
             timing=timing,
+            rollout=rollout,
+            mirror=mirror,
+            replicas=self.replicas,
         )
+
+    @property
+    def generation(self) -> int:
+        """The generation that it serves, 0 for none."""
+        return 0 if self.holder.view is None else self.holder.view.keyring.generation
+
+    def replicas(self) -> ReplicasSeen:
+        """Renew the lease, and return what the store says of all replicas."""
+        return self.vault.shared.renew(self.replica_id, self.generation)
 
     def tick(self) -> datetime | None:
         """Do one round."""
@@ -210,11 +260,7 @@ class FaultAt:
         if len(self.calls) - 1 != self._number:
             return call()
         self.struck = name
-        done, error = FAULTS[self._fault]
-        if done:
-            call()
-        msg = f"{name} is made to go wrong: {self._fault}"
-        raise error(msg)
+        return go_wrong(name, call, self._fault)
 
 
 FAULTS: Final[dict[str, tuple[bool, type[BaseException]]]] = {
@@ -223,4 +269,17 @@ FAULTS: Final[dict[str, tuple[bool, type[BaseException]]]] = {
     "killed before": (False, KilledError),
     "killed after": (True, KilledError),
 }
-"""What can become of a call: whether it takes effect, and what its caller sees."""
+"""What can become of a call: whether it takes effect, and what its caller sees; of the store, `StoreUnavailableError`
+in place of Vault's.
+"""
+
+
+def go_wrong(name: str, call: Callable[[], Any], fault: str) -> NoReturn:
+    """Let a call go wrong in one of the ways of `FAULTS`."""
+    done, error = FAULTS[fault]
+    if done:
+        call()
+    if error is KeyStoreUnavailableError and name.startswith("store."):
+        error = StoreUnavailableError
+    msg = f"{name} is made to go wrong: {fault}"
+    raise error(msg)

@@ -8,15 +8,20 @@ Rules
 3. At most one key is ACTIVE, and one STANDBY is always kept published: it is what makes a rotation, and the
    replacement of a stolen key, instant and safe.
 4. A PENDING key has been recorded but not proven. Only a replica that has signed with it publishes it.
-5. A STANDBY may become ACTIVE when nobody who plays by the rules can miss it: `Timing.poller_window` after the moment
-   from which every live replica has served it. Where no key is ACTIVE this is waived: then nothing signs, and a new
-   key that a verifier must fetch is better than none.
+5. A STANDBY may become ACTIVE when nobody who plays by the rules can miss it. First the window for those that poll must
+   be over: `Timing.poller_window` after the moment from which every live replica has served it. Then every live
+   verifier must have acknowledged it; or the deadline is over, `Timing.acknowledge_within` after the rotation was due
+   and the key was there to be loaded, and those that lag are named. The store says so by a permit (`core.rollout`),
+   and there is no other way. Where no key is ACTIVE this is waived: then nothing signs, and a new key that a verifier
+   must fetch is better than none. Breakglass waives it too.
 6. A RETIRED key stays published until the last token that it can have signed is over: the successor's activation,
    plus `island` (how long a replica that is cut off may go on with the old key), plus the longest life of a token,
    plus leeway and skew (`keep_until`, fixed when it retires).
 7. A REVOKED key leaves a tombstone for good, so that it is never adopted again. A REMOVED one is forgotten once its
    private key is destroyed.
 8. The generation grows by one with each change. A replica never goes back: `check_succession`.
+9. No store, no step: while the shared store does not answer (`Gate` is None), no key is made, published or permitted.
+   What takes trust away, and what breakglass asks for at once, does not wait for it.
 
 The caller carries out the step that `plan` names, writes the new keyring with check-and-set, and plans again. Any
 replica may do so; whoever loses the race has changed nothing.
@@ -26,13 +31,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
 from carnet.errors import CarnetError
 from carnet.jwk import KeySet, PublicJWK
+from carnet_broker.core.rotation_timing import Timing
 
 __all__ = [
     "MAX_PUBLISHED_KEYS",
@@ -40,10 +46,13 @@ __all__ = [
     "ActivateKey",
     "CreateKey",
     "DestroyKey",
+    "Gate",
+    "Hold",
     "KeyRecord",
     "KeyState",
     "Keyring",
     "KeyringRegressionError",
+    "PermitKey",
     "PublishKey",
     "RemoveKey",
     "RevokeKey",
@@ -89,52 +98,6 @@ TRANSITIONS: Final[Mapping[KeyState, frozenset[KeyState]]] = MappingProxyType(
 
 PUBLISHED: Final = frozenset({KeyState.STANDBY, KeyState.ACTIVE, KeyState.RETIRED})
 LIVE: Final = PUBLISHED | {KeyState.PENDING}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """The durations that rotation rests on. Defaults are for production; tests use small ones."""
-
-    max_age: timedelta = timedelta(minutes=5)
-    """For how long a verifier may use a key set before it fetches it again; served with every set."""
-    poller_interval: timedelta = timedelta(minutes=10)
-    """The longest pause of verifiers that poll by a clock of their own and ignore the max-age. 0: there are none."""
-    replica_lag: timedelta = timedelta(seconds=15)
-    """The longest time that a replica needs to serve a document after it was written."""
-    skew: timedelta = timedelta(seconds=5)
-    """How far two clocks may be apart."""
-    leeway: timedelta = timedelta(seconds=30)
-    """What verifiers allow on `nbf` and `iat`."""
-    longest_life: timedelta = timedelta(hours=1)
-    """No token lives longer than this, whatever the policy says."""
-    island: timedelta = timedelta(minutes=15)
-    """How long a replica that nobody can reach may go on signing."""
-    sign_for: timedelta = timedelta(days=7)
-    """For how long a key may sign after its activation."""
-    rotate_every: timedelta = timedelta(days=1)
-    """The age at which the ACTIVE key is replaced with no request."""
-    min_interval: timedelta = timedelta(minutes=10)
-    """The shortest time between two rotations that CI asked for."""
-
-    def __post_init__(self) -> None:
-        """Refuse durations that contradict each other, with `ValueError`."""
-        if self.rotate_every + self.poller_window >= self.sign_for:
-            needed = "rotate_every + max_age + poller_interval + skew"
-            msg = f"sign_for must be longer than {needed}: the key would end before the next one signs"
-            raise ValueError(msg)
-        if self.island > self.sign_for:
-            msg = "island must not be longer than sign_for"
-            raise ValueError(msg)
-
-    @property
-    def poller_window(self) -> timedelta:
-        """How long after every replica serves a key the slowest verifier has it."""
-        return self.max_age + self.poller_interval + self.skew
-
-    @property
-    def keep_retired(self) -> timedelta:
-        """How long a RETIRED key stays published after its successor's activation."""
-        return self.island + self.longest_life + self.leeway + self.skew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +256,15 @@ class PublishKey:
 
 
 @dataclass(frozen=True, slots=True)
+class PermitKey:
+    """Ask the store whether the STANDBY key may become the signer. The document does not change by it."""
+
+    kid: str
+    overdue: bool
+    """Whether the deadline is over: then it may, and the verifiers that have not acknowledged it are named."""
+
+
+@dataclass(frozen=True, slots=True)
 class ActivateKey:
     """Make the STANDBY key the signer."""
 
@@ -320,45 +292,77 @@ class DestroyKey:
     kid: str
 
 
+class Hold(StrEnum):
+    """What a rotation that is due waits for."""
+
+    STORE = "WAITING_FOR_STORE"
+    """The shared store does not answer."""
+    REPLICAS = "WAITING_FOR_REPLICAS"
+    """A live broker has not loaded the standby."""
+    POLLERS = "WAITING_FOR_POLLERS"
+    """The window for verifiers that poll is not over."""
+    VERIFIERS = "WAITING_FOR_VERIFIERS"
+    """A live verifier has not acknowledged the standby, and the deadline is not over."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wait:
     """Nothing to do before `until` (None: until somebody asks)."""
 
     until: datetime | None
+    hold: Hold | None = None
+    """What holds up a rotation that is due; None where none is."""
+    hold_ends: datetime | None = None
+    """When `hold` ends at the latest, where that is known."""
 
 
-Step = CreateKey | PublishKey | ActivateKey | RemoveKey | RevokeKey | DestroyKey
+Step = CreateKey | PublishKey | PermitKey | ActivateKey | RemoveKey | RevokeKey | DestroyKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What the shared store knows of the way from STANDBY to ACTIVE. Its times are the store's."""
+
+    raised_at: datetime | None = None
+    """Since when nobody is admitted without the STANDBY key; None where the store does not know the key."""
+    served_since: datetime | None = None
+    """Since when every live replica has served the STANDBY key; None while one does not."""
+    permitted: bool = False
+    """Whether the STANDBY key may become the signer."""
+    awaiting: bool = False
+    """Whether the store was asked for the permit in this round, and did not give it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
     """What was asked for, by CI or by breakglass."""
 
-    rotate: bool = False
-    """As soon as no verifier can miss the new key."""
+    rotate_since: datetime | None = None
+    """Since when a rotation is wanted, as soon as no verifier can miss the new key; None: none is."""
     rotate_now: bool = False
     """At once."""
     revoke: tuple[str, ...] = ()
     """Key ids to stop trusting at once."""
 
 
-def plan(keyring: Keyring, *, now: datetime, timing: Timing, served_since: datetime | None, wish: Wish) -> Step | Wait:
+def plan(keyring: Keyring, *, now: datetime, timing: Timing, gate: Gate | None, wish: Wish) -> Step | Wait:
     """Return the next step, or how long there is none.
 
-    `served_since` is the moment from which every live replica has served the STANDBY key; None where that is not known
-    yet, which lets nothing activate it but a wish "now".
+    `gate` is what the shared store says; None where it does not answer: then no key is made, published or permitted.
     """
-    step = _plan_at_once(keyring, wish)
+    step = _plan_at_once(keyring, gate, wish)
     if step is not None:
         return step
-    rotation = _plan_rotation(keyring, now, timing, served_since, rotate=wish.rotate)
-    if isinstance(rotation, ActivateKey):
+    rotation = _plan_rotation(keyring, now, timing, gate, wish)
+    if not isinstance(rotation, Wait):
         return rotation
     # Tidying comes last: where a private key cannot be destroyed, the keys go on rotating all the same.
     return _plan_tidying(keyring, now) or rotation
 
 
-def _plan_at_once(keyring: Keyring, wish: Wish) -> RevokeKey | ActivateKey | PublishKey | CreateKey | None:
+def _plan_at_once(
+    keyring: Keyring, gate: Gate | None, wish: Wish
+) -> RevokeKey | ActivateKey | PublishKey | CreateKey | None:
     """Decide on what no clock has a say in."""
     for kid in wish.revoke:
         key = keyring.get(kid)
@@ -367,6 +371,8 @@ def _plan_at_once(keyring: Keyring, wish: Wish) -> RevokeKey | ActivateKey | Pub
     standby = keyring.standby
     if standby is not None and (keyring.active is None or wish.rotate_now):
         return ActivateKey(standby.kid)
+    if gate is None:
+        return None
     for key in keyring.in_state(KeyState.PENDING):
         return PublishKey(key.kid)
     full = len(keyring.published) >= MAX_PUBLISHED_KEYS
@@ -387,18 +393,37 @@ def _plan_tidying(keyring: Keyring, now: datetime) -> RemoveKey | DestroyKey | N
 
 
 def _plan_rotation(
-    keyring: Keyring, now: datetime, timing: Timing, served_since: datetime | None, *, rotate: bool
-) -> ActivateKey | Wait:
+    keyring: Keyring, now: datetime, timing: Timing, gate: Gate | None, wish: Wish
+) -> ActivateKey | PermitKey | Wait:
     """Decide on the ordinary rotation: due by age or asked for, and safe for every verifier."""
     active, standby = keyring.active, keyring.standby
     ends = [key.keep_until for key in keyring.in_state(KeyState.RETIRED) if key.keep_until is not None]
-    if active is None or active.activated_at is None or standby is None or served_since is None:
+    if gate is None:
+        return Wait(min(ends, default=None), Hold.STORE)
+    if active is None or active.activated_at is None or standby is None:
         return Wait(min(ends, default=None))
-    due_at = now if rotate else active.activated_at + timing.rotate_every
-    ready_at = max(due_at, served_since + timing.poller_window)
-    if ready_at <= now:
+    if gate.permitted:
+        # Also when nobody asks any more: a permit that lies about keeps replicas without Vault from signing.
         return ActivateKey(standby.kid)
-    return Wait(min([*ends, ready_at]))
+    due_at = active.activated_at + timing.rotate_every
+    if wish.rotate_since is not None:
+        due_at = min(due_at, wish.rotate_since, now)
+    return _plan_permit(standby.kid, now, timing, gate, due_at=due_at, ends=ends)
+
+
+def _plan_permit(
+    kid: str, now: datetime, timing: Timing, gate: Gate, *, due_at: datetime, ends: list[datetime]
+) -> PermitKey | Wait:
+    """Decide whether to ask for the permit: when it is due, the pollers have the key, and nobody has been asked yet."""
+    if gate.raised_at is None or gate.served_since is None:
+        return Wait(min(ends, default=None), Hold.REPLICAS)
+    window_ends = gate.served_since + timing.poller_window
+    if max(due_at, window_ends) > now:
+        return Wait(min([*ends, max(due_at, window_ends)]), Hold.POLLERS if due_at <= now else None, window_ends)
+    deadline = max(due_at, gate.raised_at) + timing.acknowledge_within
+    if gate.awaiting:
+        return Wait(min([*ends, deadline]) if now < deadline else min(ends, default=None), Hold.VERIFIERS, deadline)
+    return PermitKey(kid, overdue=deadline <= now)
 
 
 def check_succession(current: Keyring, loaded: Keyring) -> None:
@@ -408,12 +433,12 @@ def check_succession(current: Keyring, loaded: Keyring) -> None:
     """
     if loaded.generation < current.generation:
         msg = (
-            f"the keyring in Vault is generation {loaded.generation}, but {current.generation} was loaded before:"
+            f"the keyring in Vault is generation {loaded.generation}, but {current.generation} was in force before:"
             " Vault was restored from an older backup, or the document was rolled back"
         )
         raise KeyringRegressionError(msg)
     if loaded.generation == current.generation and loaded != current:
-        msg = f"the keyring in Vault differs from the one that was loaded as the same generation {loaded.generation}"
+        msg = f"the keyring in Vault differs from the one that was in force as the same generation {loaded.generation}"
         raise KeyringRegressionError(msg)
     for key in current.in_state(KeyState.REVOKED):
         again = loaded.get(key.kid)

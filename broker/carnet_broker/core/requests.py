@@ -9,19 +9,30 @@ Rules
    breakglass only the name counts: it asks for a key that did not sign before it asked.
 3. CI may ask for one rotation in `min_interval`. A request that comes sooner is refused, with the time to wait.
 4. To rotate without waiting for verifiers, and to revoke a key, takes breakglass.
+5. Who waits is told what for: which window, which verifiers, and until when at the latest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
-from carnet_broker.core.keyring import Keyring, KeyState, Timing, Wish
+from carnet_broker.core.keyring import Hold, Keyring, KeyState, Timing, Wait, Wish
 
-__all__ = ["RequestKind", "RequestResult", "RequestStatus", "RotationRequest", "judge", "wish_of"]
+__all__ = ["NAMED_LAGGARDS", "RequestKind", "RequestResult", "RequestStatus", "RotationRequest", "judge", "wish_of"]
+
+NAMED_LAGGARDS: Final = 20
+"""How many verifiers an answer names."""
+
+_WAITS: Final = {
+    Hold.STORE: "a new key needs the shared store, which does not answer",
+    Hold.REPLICAS: "the standby key becomes the signer when every broker serves it, and every verifier can have it",
+    Hold.POLLERS: "the standby key becomes the signer when every verifier can have it, also the slowest that polls",
+    Hold.VERIFIERS: "the standby key becomes the signer when every live verifier has loaded it",
+}
 
 
 class RequestKind(StrEnum):
@@ -49,11 +60,12 @@ class RequestResult:
 
     status: RequestStatus
     reason: str
-    """A code: ``WAITING_FOR_VERIFIERS``, ``ROTATED``, ``REVOKED``, ``TOO_SOON``, ``BREAKGLASS_REQUIRED``,
-    ``UNKNOWN_KEY``, ``UNREADABLE``."""
+    """A code: ``WAITING_FOR_STORE``, ``WAITING_FOR_REPLICAS``, ``WAITING_FOR_POLLERS``, ``WAITING_FOR_VERIFIERS``,
+    ``ROTATED``, ``REVOKING``, ``REVOKED``, ``TOO_SOON``, ``BREAKGLASS_REQUIRED``, ``UNKNOWN_KEY``, ``UNREADABLE``."""
     message: str
     detail: dict[str, Any] = field(default_factory=dict)
-    """Figures for machines: generation, kids, times in ISO 8601."""
+    """Figures for machines: generation, kids, times in ISO 8601; `waiting_for` names verifiers that have not loaded
+    the key, `missing` is how many those are, and at `deadline` they are left behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +82,18 @@ class RotationRequest:
     """The answer so far, None before the first."""
 
 
-def judge(request: RotationRequest, keyring: Keyring, *, timing: Timing) -> RequestResult:
-    """Return the answer to `request` as the keyring stands."""
+def judge(
+    request: RotationRequest,
+    keyring: Keyring,
+    *,
+    timing: Timing,
+    wait: Wait | None = None,
+    laggards: Sequence[str] = (),
+) -> RequestResult:
+    """Return the answer to `request` as the keyring stands.
+
+    `wait` says what the plan waits for, where that is known, and `laggards` names the verifiers among that.
+    """
     if request.kind is not RequestKind.ROTATE and not request.breakglass:
         message = f"{request.kind} needs the carnet-breakglass role"
         return RequestResult(RequestStatus.REFUSED, "BREAKGLASS_REQUIRED", message)
@@ -95,11 +117,17 @@ def judge(request: RotationRequest, keyring: Keyring, *, timing: Timing) -> Requ
             return RequestResult(
                 RequestStatus.REFUSED, "TOO_SOON", message, detail | {"not_before": free_at.isoformat()}
             )
+    hold = wait.hold if wait is not None and wait.hold is not None else Hold.POLLERS
+    ends = wait.hold_ends if wait is not None else None
     if standby is not None and standby.published_at is not None:
-        not_before = standby.published_at + timing.replica_lag + timing.poller_window
-        detail |= {"standby_kid": standby.kid, "not_before": not_before.isoformat()}
-    message = "the standby key becomes the signer when every verifier can have it"
-    return RequestResult(RequestStatus.ACCEPTED, "WAITING_FOR_VERIFIERS", message, detail)
+        detail["standby_kid"] = standby.kid
+        if hold is not Hold.VERIFIERS:
+            not_before = standby.published_at + timing.replica_lag + timing.poller_window
+            detail["not_before"] = (not_before if ends is None else ends).isoformat()
+    if hold is Hold.VERIFIERS and ends is not None:
+        detail |= {"waiting_for": list(laggards[:NAMED_LAGGARDS]), "missing": len(laggards)}
+        detail["deadline"] = ends.isoformat()
+    return RequestResult(RequestStatus.ACCEPTED, str(hold), _WAITS[hold], detail)
 
 
 def _judge_revocation(request: RotationRequest, keyring: Keyring) -> RequestResult:
@@ -121,7 +149,7 @@ def wish_of(requests: Iterable[RotationRequest], keyring: Keyring, *, timing: Ti
     ]
     kinds = {request.kind for request in accepted}
     return Wish(
-        rotate=RequestKind.ROTATE in kinds,
+        rotate_since=min((one.created_at for one in accepted if one.kind is RequestKind.ROTATE), default=None),
         rotate_now=RequestKind.ROTATE_NOW in kinds,
         revoke=tuple(request.kid for request in accepted if request.kind is RequestKind.REVOKE and request.kid),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -12,10 +12,12 @@ from datetime import datetime, timedelta
 import pytest
 
 from carnet_broker import keyring_loop
-from carnet_broker.keyring_loop import KeyringLoop
-from carnet_broker.ports import Clock, KeyStoreUnavailableError
-from support.keyrings import SECOND, T0
-from support.rotation import ManualClock, Replica, Vault
+from carnet_broker.core.keyring import Keyring, KeyState
+from carnet_broker.core.requests import RequestKind
+from carnet_broker.keyring_loop import KeyringLoop, UnknownKeyError
+from carnet_broker.ports import Clock, KeyStoreUnavailableError, StoreUnavailableError
+from support.keyrings import SECOND, T0, running
+from support.rotation import ManualClock, Replica, Vault, go_wrong
 
 FOREVER = timedelta(hours=1)
 """A poll interval that no test lives to see the end of."""
@@ -36,9 +38,14 @@ class Driver:
     ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     told: list[str] = field(default_factory=list)
 
-    def tick(self, clock: Clock) -> datetime | None:
+    asked_to_revoke: list[tuple[str, ...]] = field(default_factory=list)
+    without_store: list[str | None] = field(default_factory=list)
+    keyring: Keyring | None = None
+
+    def tick(self, clock: Clock, *, revoke: Sequence[str] = ()) -> datetime | None:
         """Do a round."""
         assert clock is self.clock
+        self.asked_to_revoke.append(tuple(revoke))
         self.rounds += 1
         self.began.release()
         if self.held:
@@ -57,6 +64,10 @@ class Driver:
         """Note a bad one."""
         self.told.append(str(error))
         self.ended.release()
+
+    def rotation_without_store(self, error: StoreUnavailableError | None) -> None:
+        """Note whether the shared store was there."""
+        self.without_store.append(None if error is None else str(error))
 
     def loop(self, poll_interval: timedelta = FOREVER) -> KeyringLoop:
         """Return a loop that drives this."""
@@ -299,3 +310,136 @@ async def test_it_drives_the_real_driver():
     assert await loop.read_again()
     assert vault.keyring.active.kid == replica.signs_with()
     loop.stop()
+
+
+# -- the shared store --------------------------------------------------------------------------------------------------
+
+
+async def test_a_store_that_fails_is_not_a_vault_that_fails():
+    """The round is told of as one that Vault answered, and who asked for a look hears so."""
+    driver = Driver(failure=StoreUnavailableError("the store is down"))
+    with driver.running() as loop:
+        assert (False, True) == (loop.failing, loop.without_store)
+        driver.clock.pass_time(SECOND)
+        assert await loop.read_again()
+        driver.failure = None
+        driver.clock.pass_time(SECOND)
+        assert await loop.read_again()
+        assert not loop.without_store
+    assert ["the store is down", "the store is down", None] == driver.without_store[:3]
+    assert {"answered"} == set(driver.told)
+
+
+def test_whoever_wakes_it_gets_a_round_at_once():
+    """For instance when the store has heard of a newer keyring, or of the last acknowledgement."""
+    driver = Driver()
+    with driver.running() as loop:
+        loop.wake()
+        assert driver.ended.acquire(timeout=10)
+    assert 2 == driver.rounds
+
+
+# -- revoking a key ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real() -> Iterator[tuple[Vault, Replica, KeyringLoop]]:
+    """A loop that drives the real driver, past its first round."""
+    vault = Vault(ManualClock())
+    replica = Replica(vault)
+    replica.tick()
+    loop = KeyringLoop(replica.driver, vault.clock, Driver(), poll_interval=FOREVER)
+    loop.start()
+    yield vault, replica, loop
+    loop.stop()
+
+
+@pytest.mark.parametrize("store", ["well", "down"])
+def test_k12_a_key_is_revoked_at_once_and_the_caller_is_told_the_keyring(real, store):
+    """In the thread of the loop, with or without the shared store: the standby signs when the answer is there."""
+    vault, replica, loop = real
+    if store == "down":
+        replica.tap = lambda name, call: go_wrong(name, call, "refused") if name.startswith("store.") else call()
+    victim, standby = vault.keyring.active.kid, vault.keyring.standby.kid
+    keyring = loop.revoke_key(victim).result(timeout=10)
+    assert KeyState.REVOKED is keyring.get(victim).state
+    assert standby == keyring.active.kid == vault.keyring.active.kid == replica.signs_with()
+    assert keyring.generation <= vault.keyring.generation
+    assert keyring == loop.revoke_key(victim).result(timeout=10)
+    assert (KeyState.STANDBY in vault.states) is (store == "well")
+
+
+def test_a_key_that_is_unknown_is_not_revoked(real):
+    """The caller is told that there is none."""
+    vault, _, loop = real
+    before = vault.keyring
+    with pytest.raises(UnknownKeyError, match="no key nobody"):
+        loop.revoke_key("nobody").result(timeout=10)
+    assert before == vault.keyring
+
+
+def test_a_key_that_cannot_be_revoked_now_is_not_tried_again_behind_the_callers_back(real):
+    """Vault is down: the caller hears why, and decides."""
+    vault, replica, loop = real
+    victim = vault.keyring.active.kid
+    replica.tap = lambda name, call: go_wrong(name, call, "refused") if name == "replace" else call()
+    with pytest.raises(KeyStoreUnavailableError, match="replace"):
+        loop.revoke_key(victim).result(timeout=10)
+    replica.tap = lambda _, call: call()
+    vault.clock.pass_time(SECOND)
+    assert asyncio.run(loop.read_again())
+    assert victim == vault.keyring.active.kid
+
+
+def test_a_key_that_is_revoked_is_told_of_although_the_round_failed(real):
+    """Its private key cannot be destroyed now; it is no longer trusted all the same."""
+    vault, replica, loop = real
+    victim = vault.keyring.active.kid
+    replica.tap = lambda name, call: go_wrong(name, call, "refused") if name == "destroy" else call()
+    assert KeyState.REVOKED is loop.revoke_key(victim).result(timeout=10).get(victim).state
+
+
+def test_a_caller_that_gave_up_before_its_turn_revokes_nothing():
+    """Its future is cancelled: what it asked for is not done."""
+    driver = Driver(held=True)
+    with driver.running() as loop:
+        assert loop.revoke_key("kid").cancel()
+        driver.held = False
+        driver.go_on.release()
+        assert driver.ended.acquire(timeout=10)
+        assert driver.ended.acquire(timeout=10)
+    assert [(), ()] == driver.asked_to_revoke
+
+
+def test_a_round_that_left_the_key_as_it_is_says_so():
+    """Other steps were due, more than fit in one round."""
+    keyring = running()
+    driver = Driver(keyring=keyring)
+    with driver.running() as loop, pytest.raises(KeyStoreUnavailableError, match="was not revoked"):
+        loop.revoke_key(keyring.active.kid).result(timeout=10)
+    assert [(), (keyring.active.kid,)] == driver.asked_to_revoke
+
+
+def test_who_asks_for_a_revocation_when_it_is_over_is_told_so():
+    """Those who wait, and those who come later."""
+    driver = Driver(held=True)
+    loop = driver.loop()
+    loop.start()
+    assert driver.began.acquire(timeout=10)
+    waiting, gone = loop.revoke_key("kid"), loop.revoke_key("other")
+    assert gone.cancel()
+    loop._stopping = True
+    driver.go_on.release()
+    loop.stop()
+    for revoked in (waiting, loop.revoke_key("kid")):
+        with pytest.raises(KeyStoreUnavailableError, match="shutting down"):
+            revoked.result(timeout=10)
+
+
+def test_breakglass_in_the_letter_box_and_an_admin_who_revoke_the_same_key(real):
+    """Both are told that it is done."""
+    vault, _, loop = real
+    victim = vault.keyring.standby.kid
+    request = vault.ask(RequestKind.REVOKE, victim, breakglass=True)
+    assert KeyState.REVOKED is loop.revoke_key(victim).result(timeout=10).get(victim).state
+    assert "REVOKED" == vault.reason(request)

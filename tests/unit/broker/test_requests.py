@@ -6,8 +6,9 @@ from datetime import datetime
 
 import pytest
 
-from carnet_broker.core.keyring import Keyring, Wish
+from carnet_broker.core.keyring import Hold, Keyring, Wait, Wish
 from carnet_broker.core.requests import (
+    NAMED_LAGGARDS,
     RequestKind,
     RequestResult,
     RequestStatus,
@@ -38,12 +39,40 @@ def judged(asked: RotationRequest, keyring: Keyring | None = None) -> RequestRes
     return judge(asked, running() if keyring is None else keyring, timing=TIMING)
 
 
-def test_a_request_waits_for_the_verifiers_and_is_told_until_when():
-    """ACCEPTED, with the standby and the earliest activation."""
+def test_a_request_waits_for_the_pollers_and_is_told_until_when():
+    """ACCEPTED, with the standby and the earliest activation: a guess, or what the plan says where that is known."""
     result = judged(request())
-    assert (RequestStatus.ACCEPTED, "WAITING_FOR_VERIFIERS") == (result.status, result.reason)
+    assert (RequestStatus.ACCEPTED, "WAITING_FOR_POLLERS") == (result.status, result.reason)
     ready = T0 + TIMING.replica_lag + TIMING.poller_window
     assert (jwk(1).kid, ready.isoformat()) == (result.detail["standby_kid"], result.detail["not_before"])
+    ends = T0 + 500 * SECOND
+    result = judge(request(), running(), timing=TIMING, wait=Wait(ends, Hold.POLLERS, ends))
+    assert ("WAITING_FOR_POLLERS", ends.isoformat()) == (result.reason, result.detail["not_before"])
+    assert "deadline" not in result.detail
+
+
+def test_a_request_that_waits_for_verifiers_is_told_which_and_until_when():
+    """The first twenty by name, how many there are, and the deadline at which they are left behind."""
+    deadline = T0 + 500 * SECOND
+    names = [f"spiffe://prod.example/ns/shop/sa/payments pod-{number}" for number in range(NAMED_LAGGARDS + 5)]
+    wait = Wait(deadline, Hold.VERIFIERS, deadline)
+    result = judge(request(), running(), timing=TIMING, wait=wait, laggards=names)
+    assert (RequestStatus.ACCEPTED, "WAITING_FOR_VERIFIERS") == (result.status, result.reason)
+    assert (names[:20], 25, deadline.isoformat()) == (
+        result.detail["waiting_for"],
+        result.detail["missing"],
+        result.detail["deadline"],
+    )
+    assert "not_before" not in result.detail
+
+
+@pytest.mark.parametrize("hold", [Hold.STORE, Hold.REPLICAS])
+def test_a_request_is_told_what_else_is_missing(hold):
+    """A store that does not answer, or a broker that has not loaded the standby; nobody is named for it."""
+    result = judge(request(), running(), timing=TIMING, wait=Wait(None, hold))
+    assert (RequestStatus.ACCEPTED, str(hold)) == (result.status, result.reason)
+    assert {"waiting_for", "deadline"}.isdisjoint(result.detail)
+    assert 4 == len({judge(request(), running(), timing=TIMING, wait=Wait(None, each)).message for each in Hold})
 
 
 def test_a_request_to_an_empty_keyring_waits():
@@ -68,7 +97,7 @@ def test_an_activation_answers_the_requests_that_it_names():
         (T0 + SKEW, "ROTATED"),
         (T0 + SKEW + SECOND, "TOO_SOON"),
         (FREE_AT - SECOND, "TOO_SOON"),
-        (FREE_AT, "WAITING_FOR_VERIFIERS"),
+        (FREE_AT, "WAITING_FOR_POLLERS"),
     ],
 )
 def test_a_ci_request_joins_or_comes_too_soon_or_is_accepted(at, expected):
@@ -106,12 +135,13 @@ def test_a_revocation_is_accepted_then_done_and_an_unknown_key_is_refused():
 def test_only_accepted_requests_become_a_wish():
     """What is done, refused or too soon moves nothing."""
     asked = [
+        request(at=FREE_AT + SECOND, request_id="later"),
         request(),
         request(at=T0 + SKEW + SECOND, request_id="too-soon"),
         request(RequestKind.ROTATE_NOW, request_id="no-breakglass"),
         request(RequestKind.REVOKE, breakglass=True, kid=jwk(0).kid, request_id="revoke"),
     ]
-    assert Wish(rotate=True, revoke=(jwk(0).kid,)) == wish_of(asked, running(), timing=TIMING)
+    assert Wish(rotate_since=FREE_AT, revoke=(jwk(0).kid,)) == wish_of(asked, running(), timing=TIMING)
     now = [request(RequestKind.ROTATE_NOW, breakglass=True)]
     assert Wish(rotate_now=True) == wish_of(now, running(), timing=TIMING)
     assert Wish() == wish_of([], running(), timing=TIMING)

@@ -68,7 +68,7 @@ def test_nothing_is_signed_before_a_keyring_is_loaded():
 )
 def test_a_view_that_lacks_a_part_signs_nothing(held):
     """A keyring alone is not enough."""
-    with pytest.raises(NoSigningKeyError, match="no ACTIVE key"):
+    with pytest.raises(NoSigningKeyError, match=r"no ACTIVE key|the private key .* is not loaded here"):
         holding(held).signing_key(T0, 0.0)
 
 
@@ -103,6 +103,28 @@ def test_k08_a_wall_clock_that_was_set_back_does_not_prolong_the_island():
     for wall in (timedelta(0), -timedelta(hours=1)):
         assert may_sign(holding(view()), wall, mono=ISLAND)
         assert not may_sign(holding(view()), wall, mono=ISLAND + SECOND)
+
+
+@pytest.mark.parametrize(("offset", "signs"), [(-1, True), (0, True), (1, False)])
+def test_k08_a_replica_that_the_store_has_doubts_about_signs_for_a_moment_only(offset, signs):
+    """The store was reached and does not confirm: a later key may be ACTIVE, so the island is not for this case."""
+    holder = holding(view())
+    holder.doubt()
+    assert signs is may_sign(holder, WITHIN + offset * SECOND)
+    holder.confirm(T0 + WITHIN, WITHIN.total_seconds())
+    assert may_sign(holder, WITHIN + ISLAND)
+
+
+def test_there_is_nothing_to_doubt_before_a_keyring_is_loaded():
+    """Nor does a second doubt change anything."""
+    holder = KeyringHolder(island=ISLAND)
+    holder.doubt()
+    assert holder.view is None
+    holder.adopt(view())
+    holder.doubt()
+    doubted = holder.view
+    holder.doubt()
+    assert doubted is holder.view
 
 
 @pytest.mark.parametrize(("offset", "degraded"), [(-1, False), (0, False), (1, True)])
