@@ -12,8 +12,9 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -30,11 +31,13 @@ from carnet_broker.core.minting import MintingRules
 from carnet_broker.core.readiness import Readiness, judge_readiness
 from carnet_broker.core.workload import IdentityCache, LeafRules, Workload
 from carnet_broker.disk_thread import DiskThread
-from carnet_broker.edges.grpc.calls import AuthContext, AuthenticatedCalls
+from carnet_broker.edges.grpc.calls import AuthContext, AuthenticatedCalls, CallLimits
 from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, bind, connections_within, new_server
 from carnet_broker.edges.grpc.refused_calls import refusal_record
 from carnet_broker.edges.grpc.tokens import TokenServicer
 from carnet_broker.edges.grpc.trust import TrustServicer
+from carnet_broker.edges.grpc.trust_knowledge import TrustKnowledge
+from carnet_broker.edges.grpc.watch import Watchers, WatchRules
 from carnet_broker.edges.http.plain import ImpatientProtocol, plain_app
 from carnet_broker.edges.ledger.json_lines import JsonLinesAudit
 from carnet_broker.edges.vault import (
@@ -53,8 +56,10 @@ from carnet_broker.issuance import CHECK_EVERY, Issuer
 from carnet_broker.keyring_loop import KeyringLoop
 from carnet_broker.loading import load_policy_file, load_tls, load_vault_settings
 from carnet_broker.ports import KeyStore, KeyStoreUnavailableError, Signer
+from carnet_broker.revoking import Revoker
 from carnet_broker.rotation import RotationDriver
-from carnet_broker.signing import KeyringHolder
+from carnet_broker.shared_state import CLOCK_IS_OFF, CLOCK_IS_USELESS, SharedState
+from carnet_broker.signing import KeyringHolder, KeyringView
 from carnet_broker.telemetry import Telemetry
 from carnet_broker.watched import Watched
 
@@ -106,7 +111,17 @@ class Broker:
             self.telemetry,
         )
         timing = config.timing()
-        self._holder = KeyringHolder(island=timing.island, confirm_within=config.keys.confirm_within)
+        self._watchers: Watchers | None = None
+        self._holder = _TellingHolder(self._changed, island=timing.island, confirm_within=config.keys.confirm_within)
+        self._shared = SharedState(
+            config,
+            self._clock,
+            self.telemetry,
+            generation=self._generation,
+            changed=self._changed,
+            newer_keyring=self._look_at_the_keyring,
+        )
+        self.telemetry.trust.show_age(lambda: self._age().total_seconds())
         self._identities = IdentityCache(LeafRules(max_life=files.max_leaf_life))
         self._session = VaultSession(load_vault_settings(config))
         store: KeyStore = KvKeyStore(self._session) if config.keys.store == "kv" else TransitKeyStore(self._session)
@@ -121,6 +136,9 @@ class Broker:
                 issuer=config.issuer,
                 store_name=config.keys.store,
                 timing=timing,
+                rollout=self._shared.store.rollout,
+                mirror=self._shared.store.mirror,
+                replicas=self._shared.loop.replicas_seen,
             ),
             self._clock,
             self.telemetry,
@@ -146,7 +164,19 @@ class Broker:
             commit=self._commit,
             sign=self._sign_in_vault if remote else _sign_here,
             check_every=1 if remote else CHECK_EVERY,
+            revocations=self._shared.revocations,
+            obstacle=self._shared.obstacle,
             count_issued=self.telemetry.tokens.inc,
+        )
+        self._revoker = Revoker(
+            issuer=config.issuer,
+            keys=self._holder,
+            rules=self._shared.rules,
+            admission=Admission(rate=limits.revocations_per_second, burst=limits.revocation_burst),
+            audit=self._audit,
+            append=self._shared.loop.revoke,
+            record=self._commit,
+            unrecorded=self.telemetry.trust.revocation_unrecorded,
         )
         self._key_set_admission = Admission(rate=limits.key_sets_per_second, burst=2 * limits.key_sets_per_second)
         self._stop = asyncio.Event()
@@ -161,6 +191,7 @@ class Broker:
         well, because half a broker looks alive and is not.
         """
         loop = asyncio.get_running_loop()
+        await self._shared.open()
         await self._first_round()
         config = self._config
         limits = ListenerLimits(
@@ -168,25 +199,32 @@ class Broker:
             handshake_timeout=config.limits.handshake_timeout,
             connection_age=config.limits.connection_age,
         )
-        tokens, trust = new_server(limits), new_server(limits)
+        # Streams last, and must not take the place of calls.
+        tokens, trust = new_server(limits), new_server(replace(limits, max_concurrent_calls=limits.max_connections))
         on_tokens, on_trust = (
             AuthenticatedCalls(
                 self._authenticate,
                 self.telemetry,
-                read_within=config.limits.read_within,
-                calls_in_flight=config.limits.calls_in_flight,
+                limits=CallLimits(
+                    read_within=config.limits.read_within,
+                    write_within=config.trust.heartbeat,
+                    calls_in_flight=config.limits.calls_in_flight,
+                    streams=config.limits.streams,
+                ),
                 record=self._record_refusal,
             ).on(server)
             for server in (tokens, trust)
         )
         health_servicer = health.aio.HealthServicer()
-        token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(self._issuer, self._clock), on_tokens)
+        token_servicer = TokenServicer(self._issuer, self._revoker, self._clock)
+        token_pb2_grpc.add_TokenServiceServicer_to_server(token_servicer, on_tokens)
+        self._watchers = watchers = self._new_watchers()
         trust_servicer = TrustServicer(
             holder=self._holder,
             admission=self._key_set_admission,
             clock=self._clock,
             max_age=config.keys.max_age,
-            read_again=self._keyring_loop.read_again,
+            watchers=watchers,
         )
         trust_pb2_grpc.add_TrustServiceServicer_to_server(trust_servicer, on_trust)
         for registration in (on_tokens, on_trust):
@@ -197,24 +235,9 @@ class Broker:
             self.addresses[name] = f"{address.rpartition(':')[0]}:{port}"
         plain_socket = _listen(config.listen.plain)
         self.addresses["plain"] = f"{config.listen.plain.rpartition(':')[0]}:{plain_socket.getsockname()[1]}"
-        plain = _PlainServer(
-            uvicorn.Config(
-                plain_app(
-                    readiness=self.readiness,
-                    holder=self._holder,
-                    max_age=config.keys.max_age,
-                    registry=self.telemetry.registry,
-                ),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                server_header=False,
-                http=ImpatientProtocol,
-                limit_concurrency=_PLAIN_CONNECTIONS,
-                timeout_keep_alive=5,
-            )
-        )
+        plain = self._new_plain_server()
         self._keyring_loop.start()
+        self._shared.loop.start()
         await asyncio.gather(tokens.start(), trust.start())
         plain_task = loop.create_task(plain.serve(sockets=[plain_socket]))
         watch_task = loop.create_task(self._watch_files(health_servicer), name="carnet-files")
@@ -240,19 +263,25 @@ class Broker:
             one.freeze()
         drain = config.limits.drain.total_seconds()
         drained_at = self._clock.mono() + drain
+        watchers.drain()
         await asyncio.gather(tokens.stop(drain), trust.stop(drain))
         plain.should_exit = True
         watch_task.cancel()
         await asyncio.gather(plain_task, watch_task, return_exceptions=True)
+        await self._close(drained_at)
+        self.telemetry.log.info("stopped")
+        return told_to_stop
+
+    async def _close(self, drained_at: float) -> None:
+        """End the threads, and write out what is left of the audit record by `drained_at`, or a little later."""
         await asyncio.to_thread(self._keyring_loop.stop)
+        await asyncio.to_thread(self._shared.close)
         left = max(drained_at - self._clock.mono(), _LAST_WRITE_WITHIN)
         if not await asyncio.to_thread(self._audit_thread.close, within=left):
             # No token of theirs has left. Whether they are on the disk, the disk knows: they count as issued.
             self.telemetry.log.error("audit_disk_hangs", records_in_doubt=self._commit.unwritten)
         self._vault_threads.shutdown(cancel_futures=True)
         self._audit.close()
-        self.telemetry.log.info("stopped")
-        return told_to_stop
 
     def stop(self) -> None:
         """Begin to drain, as SIGTERM does. To be called on the loop that serves."""
@@ -262,6 +291,7 @@ class Broker:
         """Say whether this broker can issue, and what is amiss."""
         now, mono = self._clock.now(), self._clock.mono()
         identity = self._tls.value.identity
+        offset = self._shared.loop.clock_offset
         try:
             self._holder.signing_key(now, mono)
             signable, why = True, ""
@@ -272,6 +302,11 @@ class Broker:
                 (signable, f"signing key: {why}"),
                 (now < identity.not_after, f"own certificate: ended at {identity.not_after.isoformat()}"),
                 (self._audit.writable, "audit: the file cannot be written"),
+                (
+                    self._shared.age(now, mono) <= self._config.trust.max_staleness,
+                    "store: the revocations were not read within trust.max_staleness",
+                ),
+                (offset <= CLOCK_IS_USELESS, f"clock: {offset.total_seconds():.1f} s from the store's"),
             ],
             wanted=[
                 (not self._keyring_loop.failing, "vault: the last look at it failed; the log says why"),
@@ -280,6 +315,9 @@ class Broker:
                     not self._requests.overfull,
                     f"vault: {', '.join(sorted(self._requests.overfull))}: too many to be listed, some are deleted",
                 ),
+                (not self._shared.loop.failing, "store: the last look at it failed; the log says why"),
+                (not self._keyring_loop.without_store, "store: the keyring cannot be rotated without it"),
+                (offset <= CLOCK_IS_OFF, f"clock: {offset.total_seconds():.1f} s from the store's"),
                 (self._policy.is_current, "policy: the newest file cannot be used"),
                 (self._tls.is_current, "tls: the newest files cannot be used"),
             ],
@@ -348,12 +386,13 @@ class Broker:
         # On the server's side the chain is what was sent above the leaf, without it.
         sent = (*auth_context.get("x509_pem_cert", ()), *auth_context.get("x509_pem_cert_chain", ()))
         versions = auth_context.get("ssl_tls_version", ())
-        return self._identities.authenticate(
+        workload = self._identities.authenticate(
             sent,
             tls_version=versions[0].decode("ascii", "replace") if versions else None,
             bundle=self._tls.value.bundle,
             now=self._clock.now(),
         )
+        return self._shared.check_leaf(workload)
 
     def _record_refusal(self, error: CarnetError, workload: Workload | None, peer: str) -> None:
         """Put a call that reached no service on the audit record."""
@@ -387,14 +426,86 @@ class Broker:
             await self._report_health(health_servicer)
 
     def _refresh(self, *, force: bool = False) -> None:
+        before = self._policy.value, self._tls.value
         self._policy.refresh(force=force)
         self._tls.refresh(force=force)
+        if before != (self._policy.value, self._tls.value):
+            self._changed()
+
+    def _changed(self) -> None:
+        """Tell the streams that keys, revocations or files have changed. From any thread."""
+        if self._watchers is not None:
+            self._watchers.changed()
+
+    def _look_at_the_keyring(self) -> None:
+        self._keyring_loop.wake()
+
+    def _generation(self) -> int:
+        """Return the generation of the keyring in force, 0 where there is none."""
+        view = self._holder.view
+        return 0 if view is None else view.keyring.generation
+
+    def _age(self) -> timedelta:
+        """Return how long ago keyring and store were read, whichever is longer ago."""
+        now, mono = self._clock.now(), self._clock.mono()
+        view = self._holder.view
+        return timedelta.max if view is None else max(view.age(now, mono), self._shared.age(now, mono))
+
+    def _new_plain_server(self) -> _PlainServer:
+        return _PlainServer(
+            uvicorn.Config(
+                plain_app(
+                    readiness=self.readiness,
+                    holder=self._holder,
+                    max_age=self._config.keys.max_age,
+                    registry=self.telemetry.registry,
+                ),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                http=ImpatientProtocol,
+                limit_concurrency=_PLAIN_CONNECTIONS,
+                timeout_keep_alive=5,
+            )
+        )
+
+    def _new_watchers(self) -> Watchers:
+        config, limits = self._config, self._config.limits
+        known = TrustKnowledge(
+            keys=self._holder,
+            revocations=self._shared.revocations,
+            policy=lambda: self._policy.value,
+            clock=self._clock,
+            max_staleness=config.trust.max_staleness,
+            read_keyring=self._keyring_loop.read_again,
+            read_store=self._shared.loop.read_again,
+        )
+        rules = WatchRules(
+            replica_id=self._shared.replica_id, heartbeat=config.trust.heartbeat, max_age=config.keys.max_age
+        )
+        admission = Admission(rate=limits.key_sets_per_second, burst=limits.streams)
+        report = self._shared.loop.report
+        return Watchers(known, rules, self._clock, admission, self.telemetry.trust, report=report)
 
     async def _report_health(self, servicer: health.aio.HealthServicer) -> None:
         answer = health_pb2.HealthCheckResponse
         serving = answer.SERVING if self.readiness().ready else answer.NOT_SERVING
         for service in ("", "carnet.v1.TokenService", "carnet.v1.TrustService"):
             await servicer.set(service, serving)
+
+
+class _TellingHolder(KeyringHolder):
+    """Tells of each keyring that is put in force."""
+
+    def __init__(self, changed: Callable[[], None], *, island: timedelta, confirm_within: timedelta) -> None:
+        super().__init__(island=island, confirm_within=confirm_within)
+        self._changed = changed
+
+    def adopt(self, view: KeyringView) -> None:
+        """Put `view` in force."""
+        super().adopt(view)
+        self._changed()
 
 
 class _PlainServer(uvicorn.Server):

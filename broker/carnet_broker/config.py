@@ -59,6 +59,13 @@ def _is_host(host: str) -> bool:
     return True
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 Address = Annotated[str, pydantic.PlainValidator(_address)]
 
 
@@ -74,6 +81,9 @@ class Listeners(Section):
     tokens: Address = "127.0.0.1:8443"
     trust: Address = "127.0.0.1:8444"
     plain: Address = "127.0.0.1:8080"
+    admin: Address = "127.0.0.1:8445"
+    admin_beyond_loopback: bool = False
+    """Whether `admin` may be bound to an address that others can reach; then the policy must have admins."""
 
 
 class TlsFiles(Section):
@@ -119,6 +129,41 @@ class VaultConfig(Section):
         return value
 
 
+class StoreConfig(Section):
+    """The shared store: SQLite for the brokers of one host, PostgreSQL for more."""
+
+    url: str
+    password_file: Path | None = None
+    poll_interval: Duration = timedelta(seconds=1)
+    """How often the store is looked at though nothing has told of a change."""
+    lease: Duration = timedelta(seconds=15)
+    """How long this broker counts as running after it last said so."""
+    timeout: Duration = timedelta(seconds=5)
+    """For one transaction as a whole."""
+    start_within: Duration = timedelta(seconds=10)
+    """How long the broker, when it starts, waits for a store that does not answer."""
+    verifier_sessions: Annotated[int, pydantic.Field(gt=0)] = 200
+    """Verifiers of one workload that rotations wait for."""
+
+    @pydantic.field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        # The text may hold a password, so it is not shown.
+        if re.fullmatch(r"sqlite:////.+|postgres(ql)?://.+", value) is None:
+            msg = "this is no URL of a store; write sqlite:////absolute/path or postgresql://user@host:port/database"
+            raise ValueError(msg)
+        return value
+
+
+class TrustConfig(Section):
+    """The stream that tells verifiers of keys and revocations."""
+
+    heartbeat: Duration = timedelta(seconds=15)
+    """The longest time between two responses to a verifier."""
+    max_staleness: Duration = timedelta(minutes=5)
+    """How old what a broker knows may be before it tells nobody any more, and issues nothing."""
+
+
 class KeysConfig(Section):
     """Where the signing keys live, and the timing of their rotation."""
 
@@ -135,6 +180,8 @@ class KeysConfig(Section):
     sign_for: Duration = timedelta(days=7)
     rotate_every: Duration = timedelta(days=1)
     min_interval: DurationOrZero = timedelta(minutes=10)
+    acknowledge_within: DurationOrZero = timedelta(minutes=15)
+    """How long a rotation that is due waits for verifiers that have not loaded the key."""
 
 
 class TokensConfig(Section):
@@ -159,8 +206,13 @@ class LimitsConfig(Section):
     """Tokens a second and workload, in the long run."""
     token_burst: Annotated[int, pydantic.Field(gt=0)] = 400
     key_sets_per_second: Annotated[int, pydantic.Field(gt=0)] = 50
+    revocations_per_second: Annotated[int, pydantic.Field(gt=0)] = 5
+    """Tokens that a workload may revoke a second, in the long run."""
+    revocation_burst: Annotated[int, pydantic.Field(gt=0)] = 50
     calls_in_flight: Annotated[int, pydantic.Field(gt=0)] = 256
     """Calls of one workload, on one listener, that are not over."""
+    streams: Annotated[int, pydantic.Field(gt=0)] = 256
+    """Streams of one workload: verifiers that watch."""
     connections: Annotated[int, pydantic.Field(gt=0)] = 10_000
     """Connections to one listener, about 80 KB each."""
     read_within: Duration = timedelta(seconds=5)
@@ -198,8 +250,10 @@ class BrokerConfig(Section):
     tls: TlsFiles
     vault: VaultConfig
     audit: AuditConfig
+    store: StoreConfig
     listen: Listeners = Listeners()
     keys: KeysConfig = KeysConfig()
+    trust: TrustConfig = TrustConfig()
     tokens: TokensConfig = TokensConfig()
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
@@ -225,6 +279,15 @@ class BrokerConfig(Section):
             raise ValueError(msg)
         return value
 
+    @pydantic.field_validator("listen")
+    @classmethod
+    def _is_guarded(cls, value: Listeners) -> Listeners:
+        host = host_and_port(value.admin)[0]
+        if not (value.admin_beyond_loopback or _is_loopback(host)):
+            msg = f"admin: {host} is not a loopback address; set admin_beyond_loopback: true if others are to reach it"
+            raise ValueError(msg)
+        return value
+
     @pydantic.model_validator(mode="after")
     def _fits(self) -> BrokerConfig:
         tokens = self.tokens
@@ -233,6 +296,12 @@ class BrokerConfig(Section):
             raise ValueError(msg)
         if self.vault.poll_interval > self.keys.replica_lag:
             msg = "vault.poll_interval must not be longer than keys.replica_lag; correct one of them"
+            raise ValueError(msg)
+        if self.trust.heartbeat * 2 > self.trust.max_staleness:
+            msg = "trust.max_staleness must be at least twice trust.heartbeat; correct one of them"
+            raise ValueError(msg)
+        if self.store.poll_interval * 3 > self.store.lease:
+            msg = "store.lease must be at least three times store.poll_interval; correct one of them"
             raise ValueError(msg)
         self.timing()
         return self
@@ -251,6 +320,7 @@ class BrokerConfig(Section):
             sign_for=keys.sign_for,
             rotate_every=keys.rotate_every,
             min_interval=keys.min_interval,
+            acknowledge_within=keys.acknowledge_within,
         )
 
 

@@ -25,6 +25,7 @@ from carnet_broker.core.minting import CertificateEndingError, Draft, MintingRul
 from carnet_broker.core.policy.model import Denial, Policy
 from carnet_broker.core.workload import Workload
 from carnet_broker.ports import AuditSink, AuditUnavailableError, KeyStoreUnavailableError, Signer
+from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.signing import KeyringHolder, NoSigningKeyError
 
 __all__ = ["MAX_BATCH", "Issued", "Issuer", "Refusal", "RefusalReason", "RefusedError", "TokenRequest"]
@@ -42,10 +43,13 @@ class RefusalReason(StrEnum):
     INVALID_REQUEST = "INVALID_REQUEST"
     NOT_GRANTED = "NOT_GRANTED"
     SCOPE_NOT_GRANTED = "SCOPE_NOT_GRANTED"
+    BLOCKED = "BLOCKED"
     CERTIFICATE_ENDING = "CERTIFICATE_ENDING"
     TOO_MANY_REQUESTS = "TOO_MANY_REQUESTS"
     NO_SIGNING_KEY = "NO_SIGNING_KEY"
     KEY_STORE_UNAVAILABLE = "KEY_STORE_UNAVAILABLE"
+    STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
+    CLOCK_IS_OFF = "CLOCK_IS_OFF"
     AUDIT_UNAVAILABLE = "AUDIT_UNAVAILABLE"
 
 
@@ -125,14 +129,16 @@ class Issuer:
         commit: Callable[[Sequence[IssueRecord]], Awaitable[None]],
         sign: Callable[[Signer, Sequence[bytes]], Awaitable[list[bytes]]],
         check_every: int = CHECK_EVERY,
-        revocation_version: Callable[[], int] = lambda: 0,
+        revocations: RevocationHolder,
+        obstacle: Callable[[datetime, float], Refusal | None] = lambda _now, _mono: None,
         count_issued: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Wire the parts.
 
         `commit` makes records durable, or raises `AuditUnavailableError`. `sign` signs, or raises
         `KeyStoreUnavailableError`. Of the signatures one in `check_every` is verified before its token leaves.
-        `count_issued` hears how many tokens each call got.
+        `obstacle` says why nothing may be issued at a time, None where it may. `count_issued` hears how many tokens
+        each call got.
         """
         self._rules = rules
         self._policy = policy
@@ -142,7 +148,8 @@ class Issuer:
         self._commit = commit
         self._sign = sign
         self._check_every = check_every
-        self._revocation_version = revocation_version
+        self._revocations = revocations
+        self._obstacle = obstacle
         self._count_issued = count_issued
         self._signed = 0
 
@@ -174,13 +181,20 @@ class Issuer:
         if not 0 < len(requests) <= MAX_BATCH:
             msg = f"requests: one to {MAX_BATCH} in a call"
             raise _invalid(msg)
+        # The version before the blocks: a token never claims to know of a revocation that was not looked at.
+        version = self._revocations.version
+        if self._revocations.revocations.blocks(str(workload.spiffe_id)) is not None:
+            raise RefusedError(Refusal(RefusalReason.BLOCKED, "this workload is blocked"))
+        obstacle = self._obstacle(now, mono)
+        if obstacle is not None:
+            raise RefusedError(obstacle)
         try:
             key, signer = self._keys.signing_key(now, mono)
         except NoSigningKeyError as error:
             refusal = Refusal(RefusalReason.NO_SIGNING_KEY, "the broker has no signing key now", timedelta(seconds=5))
             raise RefusedError(refusal) from error
         policy = self._policy()
-        answers = [self._draft(workload, request, policy, key, now) for request in requests]
+        answers = [self._draft(workload, request, policy, key, version, now) for request in requests]
         drafts = [answer for answer in answers if isinstance(answer, Draft)]
         if drafts:
             await self._record(workload, drafts, policy)
@@ -188,7 +202,7 @@ class Issuer:
         return [answer if isinstance(answer, RefusedError) else next(issued) for answer in answers]
 
     def _draft(
-        self, workload: Workload, request: TokenRequest, policy: Policy, key: KeyRecord, now: datetime
+        self, workload: Workload, request: TokenRequest, policy: Policy, key: KeyRecord, version: int, now: datetime
     ) -> Draft | RefusedError:
         """Decide by the policy, and draft the token of a grant."""
         try:
@@ -212,7 +226,7 @@ class Issuer:
                 key=key.jwk,
                 sign_until=key.sign_until or now,
                 token_id=secrets.token_urlsafe(16),
-                revocation_version=self._revocation_version(),
+                revocation_version=version,
                 now=now,
                 rules=self._rules,
             )

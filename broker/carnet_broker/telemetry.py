@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -15,11 +15,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from carnet.errors import CarnetError
 from carnet.log_lines import LineLimit
-from carnet_broker.core.keyring import Keyring, Step
+from carnet_broker.core.keyring import Keyring, KeyringRegressionError, Step
+from carnet_broker.core.requests import NAMED_LAGGARDS
+from carnet_broker.core.rollout import Permit, VerifierSession
 from carnet_broker.core.workload import UnauthenticatedError, Workload
 from carnet_broker.issuance import RefusedError
 from carnet_broker.log_lines import LibraryLines
-from carnet_broker.ports import KeyLostError
+from carnet_broker.ports import KeyLostError, StoreUnavailableError
+from carnet_broker.rotation import RotationProgress
+from carnet_broker.trust_telemetry import TrustTelemetry
 
 __all__ = ["Telemetry", "configure_logging"]
 
@@ -75,8 +79,10 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self._lines = lines or LineLimit()
         self._vault_failures: set[str] = set()
+        self._store_failure: str | None = None
         self.log = structlog.get_logger("carnet_broker")
         registry = self.registry
+        self.trust = TrustTelemetry(registry, self.log)
         self.calls = Counter(
             "carnet_calls_total", "Calls by method and reason of the answer.", ["method", "reason"], registry=registry
         )
@@ -92,6 +98,27 @@ class Telemetry:
         )
         self.generation = Gauge("carnet_keyring_generation", "Generation of the keyring in force.", registry=registry)
         self.keys_lost = Counter("carnet_keys_lost_total", "Keys found unusable.", registry=registry)
+        self.laggards = Gauge(
+            "carnet_rotation_laggards",
+            "Live verifiers that a rotation which is due waits for, because they have not loaded the key.",
+            registry=registry,
+        )
+        self.left_behind = Counter(
+            "carnet_verifiers_left_behind_total",
+            "Live verifiers that had not loaded a key when it was permitted to sign.",
+            registry=registry,
+        )
+        self.regressions = Counter(
+            "carnet_keyring_regressions_total",
+            "Readings of a keyring that was refused, because Vault was restored or the document was rolled back.",
+            registry=registry,
+        )
+        self.without_store = Gauge(
+            "carnet_rotation_without_store",
+            "1 while the keyring cannot be rotated for want of the shared store.",
+            registry=registry,
+        )
+        self._waits_for: object = None
         self.vault_ok = Gauge("carnet_vault_reachable", "1 while Vault answers, else 0.", registry=registry)
         self.reloads = Counter(
             "carnet_reloads_total", "Reloads of files, by what and result.", ["what", "result"], registry=registry
@@ -161,6 +188,36 @@ class Telemetry:
         self.keys_lost.inc()
         self.log.error("key_lost", kid=kid, cause=str(error))
 
+    def permitted(self, permit: Permit, left_behind: Sequence[VerifierSession]) -> None:
+        """Log the permit for a key, and count and name the verifiers that it left behind."""
+        self.left_behind.inc(len(left_behind))
+        log = self.log.warning if left_behind else self.log.info
+        log(
+            "key_permitted",
+            kid=permit.kid,
+            generation=permit.generation,
+            overdue=permit.overdue,
+            left_behind=_named(left_behind),
+            missing=len(left_behind),
+        )
+
+    def waits(self, progress: RotationProgress) -> None:
+        """Show what a rotation waits for, and log it where it has changed."""
+        self.laggards.set(len(progress.laggards))
+        hold = progress.wait.hold if progress.wait is not None else None
+        names = _named(progress.laggards)
+        if (hold, names) != self._waits_for:
+            self._waits_for = (hold, names)
+            if names:
+                self.log.warning("rotation_waits", hold=hold, waiting_for=names, missing=len(progress.laggards))
+            elif hold is not None:
+                self.log.info("rotation_waits", hold=hold)
+
+    def regressed(self, error: KeyringRegressionError) -> None:
+        """Count a keyring that was refused; the round that found it fails, and is logged as such."""
+        del error
+        self.regressions.inc()
+
     # -- Vault (keyring_loop.VaultEvents) --------------------------------------------------------------------------
 
     def vault_answered(self) -> None:
@@ -179,6 +236,16 @@ class Telemetry:
             self.log.error(event, cause=cause, exc_info=None if isinstance(error, CarnetError) else error)
             self._vault_failures.add(cause)
 
+    def rotation_without_store(self, error: StoreUnavailableError | None) -> None:
+        """Note whether rotation has the shared store, and log when that changes."""
+        cause = None if error is None else str(error)
+        if error is not None and cause != self._store_failure:
+            self.log.error("rotation_without_store", cause=cause)
+        elif error is None and self._store_failure is not None:
+            self.log.info("rotation_has_store")
+        self._store_failure = cause
+        self.without_store.set(error is not None)
+
     # -- files (watched.ReloadEvents) ------------------------------------------------------------------------------
 
     def reloaded(self, what: str) -> None:
@@ -192,3 +259,8 @@ class Telemetry:
         self.reloads.labels(what, "failed").inc()
         self.reload_failed_now.labels(what).set(1)
         self.log.error("reload_failed", what=what, cause=str(error), serving="the last good one")
+
+
+def _named(sessions: Sequence[VerifierSession]) -> list[str]:
+    """Return the names of verifiers for a line of the log, not too many."""
+    return [f"{session.spiffe_id} {session.instance_id}" for session in sessions[:NAMED_LAGGARDS]]

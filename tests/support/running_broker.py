@@ -215,6 +215,7 @@ def write_broker_files(
             "poll_interval": "500ms",
         },
         "audit": {"directory": "audit"},
+        "store": {"url": f"sqlite:///{directory.resolve()}/store.db"},
     }
     if vault.ca_file is not None:
         config["vault"]["ca_file"] = str(vault.ca_file)

@@ -107,6 +107,45 @@ class IssueRecord:
         return _line("issue", self.at, members)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevocationRecord:
+    """Something was revoked: it is in the log of revocations, whatever becomes of this record."""
+
+    at: datetime
+    """When the store had it, by the store's clock."""
+    epoch: int
+    version: int
+    """Its place in the log of revocations."""
+    what: str
+    """The kind of the revocation."""
+    value: str
+    before_version: int
+    expires_at: datetime | None
+    by: str
+    """The SPIFFE ID of whoever asked."""
+    certificate: str
+    """The leaf of whoever asked, by its ``x5t#S256``."""
+    reason: str = ""
+
+    def to_line(self) -> bytes:
+        """Return the record as a line."""
+        members: dict[str, Any] = {
+            "epoch": self.epoch,
+            "version": self.version,
+            "what": _text(self.what, _MAX_TEXT),
+            "value": _text(self.value, _MAX_SPIFFE_ID),
+            "by": _text(self.by, _MAX_SPIFFE_ID),
+            "certificate": _text(self.certificate, _MAX_TEXT),
+        }
+        if self.before_version:
+            members["before_version"] = self.before_version
+        if self.expires_at is not None:
+            members["expires_at"] = _time(self.expires_at)
+        if self.reason:
+            members["reason"] = _text(self.reason, _MAX_TEXT)
+        return _line("revocation", self.at, members)
+
+
 @dataclass(frozen=True, slots=True)
 class RefusalRecord:
     """Something was refused. `audience`, `scopes` and `detail` may hold the peer's own words. Empty means unknown."""

@@ -156,6 +156,11 @@ class Stage:
         """The policy of the broker."""
         return self.directory / "policy.yaml"
 
+    @property
+    def store_url(self) -> str:
+        """The shared store of the brokers: a file of the stage."""
+        return f"sqlite:///{(self.directory / 'store.db').resolve()}"
+
     def credential(self, role: str, kind: str) -> Path:
         """Return the ``role-id`` or ``secret-id`` file of a role in Vault (``ci``, ``breakglass``, ``broker``)."""
         return self.directory / "credentials" / f"carnet-{role}-prod-{kind}"
@@ -228,6 +233,7 @@ class Stage:
             "CARNET_CA_FILE": self.ca_file,
             "CARNET_POLICY_FILE": self.policy_file,
             "CARNET_LEDGER_DIR": self.directory / "audit",
+            "CARNET_STORE_URL": self.store_url,
             "CARNET_BROKER_PIDS": self.broker_pid,
             "PAYMENTS_TARGET": self.payments,
             "VAULT_ADDR": self.vault.address,
@@ -306,6 +312,8 @@ vault:
   environment: prod
   poll_interval: 500ms
 audit: {{ directory: audit }}
+store: {{ url: "{self.store_url}", poll_interval: 200ms, lease: 3s }}
+trust: {{ heartbeat: 2s, max_staleness: 30s }}
 keys: {{ store: {self.key_store}, max_age: 2s, poller_interval: 0, replica_lag: 1s, skew: 1s, min_interval: 0 }}
 """
 

@@ -8,6 +8,9 @@ A unary method is served as a stream of requests of which one is read. On the wi
 caller is authenticated before a byte of its request is read, and one that sends its request slowly, or never, is ended
 by us: gRPC's own unary handler would wait without end.
 
+A call that streams is judged again whenever it is about to send something, and has a count of its own: long streams do
+not take the place of calls. It is ended like any other call, with a status.
+
 Nothing ends a call whose answer its caller never takes, other than the age of its connection. So what a workload may
 have is a number of calls that are not over; with all of them stuck it stands in nobody's way but its own.
 """
@@ -15,34 +18,51 @@ have is a number of calls that are not over; with all of them stuck it stands in
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import timedelta
 from time import perf_counter
-from typing import Any, Final, Protocol, TypeAlias, cast
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from carnet.errors import CarnetError
-from carnet_broker.core.workload import Workload
-from carnet_broker.edges.grpc.status import NoSuchMethodError, SlowRequestError, status_of_error
+from carnet_broker.core.workload import UnauthenticatedError, Workload
+from carnet_broker.edges.grpc.status import (
+    NoSuchMethodError,
+    SlowReaderError,
+    SlowRequestError,
+    status_of_error,
+)
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
 
-__all__ = ["AuthContext", "AuthenticatedCalls", "CallEvents", "caller"]
+__all__ = ["AuthContext", "AuthenticatedCalls", "CallEvents", "CallLimits", "LongCall", "caller", "takes_long_call"]
 
 AuthContext = Mapping[str, Sequence[bytes]]
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # Quoted: only the stubs know its parameters.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
+Method = TypeVar("Method")
 _CALLER: Final[ContextVar[Workload]] = ContextVar("carnet_broker_caller")
 _CALL_AGAIN_AFTER: Final = timedelta(milliseconds=250)
+_ABORT_WITHIN: Final = 1.0
+"""Seconds; a status waits behind what the caller does not take, and is on its way whether we wait for it or not."""
 
 
 def caller() -> Workload:
     """Return the workload behind the call that is being served. Raises `LookupError` outside of one."""
     return _CALLER.get()
+
+
+def takes_long_call(method: Method) -> Method:
+    """Mark a method of a service with a stream both ways: it is given a `LongCall` in place of its requests."""
+    method.takes_long_call = True  # type: ignore[attr-defined] # a function has room for it
+    return method
 
 
 class CallEvents(Protocol):
@@ -58,38 +78,107 @@ class CallEvents(Protocol):
         """Tell that a call ended in an error that nobody meant."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallLimits:
+    """The bounds of the calls of one SPIFFE ID, on one listener."""
+
+    read_within: timedelta
+    """How long a caller may take to send its request, or the first of a stream."""
+    write_within: timedelta
+    """How long a caller of a stream may take no answer."""
+    calls_in_flight: int
+    streams: int
+
+
+class LongCall:
+    """A stream of requests and responses, as its service sees it. All messages are bytes."""
+
+    def __init__(
+        self,
+        context: Context,
+        authenticate: Callable[[], Workload],
+        *,
+        read_within: float,
+        write_within: float,
+    ) -> None:
+        self._context = context
+        self._authenticate = authenticate
+        self._read_within = read_within
+        self._write_within = write_within
+
+    def workload(self) -> Workload:
+        """Return who calls, judged anew. Raises `UnauthenticatedError`."""
+        return self._authenticate()
+
+    async def first(self) -> bytes:
+        """Return the first request. Raises `SlowRequestError`."""
+        try:
+            async with asyncio.timeout(self._read_within):
+                request = await self.next()
+        except TimeoutError as error:
+            msg = f"the request did not come within {self._read_within} s"
+            raise SlowRequestError(msg) from error
+        if request is None:
+            msg = "the call ended before its request"
+            raise SlowRequestError(msg)
+        return request
+
+    async def next(self) -> bytes | None:
+        """Return the next request, None where the caller sends no more."""
+        request = await self._context.read()
+        return None if request is grpc.aio.EOF else cast("bytes", request)
+
+    async def write(self, response: bytes) -> None:
+        """Send `response`. Raises `SlowReaderError` where the caller does not take what was sent."""
+        try:
+            async with asyncio.timeout(self._write_within):
+                await self._context.write(response)
+        except TimeoutError as error:
+            msg = f"the caller has taken nothing for {self._write_within} s"
+            raise SlowReaderError(msg) from error
+
+
 class AuthenticatedCalls:
-    """Wraps every unary method; a method of another kind is not served."""
+    """Wraps methods that are unary, that answer with a stream, or that have a stream both ways."""
 
     def __init__(
         self,
         authenticate: Callable[[AuthContext], Workload],
         events: CallEvents,
         *,
-        read_within: timedelta,
-        calls_in_flight: int,
+        limits: CallLimits,
         record: Callable[[CarnetError, Workload | None, str], None],
     ) -> None:
-        """Wire the parts. `authenticate` raises `UnauthenticatedError`; `calls_in_flight` is for each SPIFFE ID.
+        """Wire the parts. `authenticate` raises `UnauthenticatedError`.
 
         `record` puts a call that is refused here on the audit record, with the peer's address. What a service refuses,
-        it records itself: it knows what was asked for.
+        it records itself: it knows what was asked for. A stream is recorded here also when it is ended later.
         """
         self._authenticate = authenticate
         self._record = record
         self._events = events
-        self._read_within = read_within.total_seconds()
-        self._calls_in_flight = calls_in_flight
+        self._limits = limits
+        self._read_within = limits.read_within.total_seconds()
         self._in_flight: Counter[str] = Counter()
+        self._streams: Counter[str] = Counter()
 
     def on(self, server: grpc.aio.Server) -> grpc.aio.Server:
         """Return what the generated ``add_..._to_server`` take for a server: it wraps, and adds to `server`."""
         return cast("grpc.aio.Server", _Registration(self, server))
 
-    def wrap(self, method: str, handler: Handler) -> Handler:
-        """Return the handler of a unary method, wrapped."""
+    def wrap(self, method: str, handler: Handler) -> Handler | None:
+        """Return the handler of a method, wrapped; None for one of a kind that is not served."""
         # The stubs know the form of the synchronous server only.
-        serve = cast("Callable[[Any, Context], Awaitable[Any]]", handler.unary_unary)
+        if handler.unary_unary is not None:
+            return self._unary(method, handler, cast("Callable[[Any, Context], Awaitable[Any]]", handler.unary_unary))
+        if inspect.isasyncgenfunction(handler.unary_stream):
+            serve = cast("Callable[[Any, Context], AsyncIterator[Any]]", handler.unary_stream)
+            return self._stream(method, self._answering(handler, serve))
+        if getattr(handler.stream_stream, "takes_long_call", False):
+            return self._stream(method, cast("Callable[[LongCall, Context], Awaitable[None]]", handler.stream_stream))
+        return None
+
+    def _unary(self, method: str, handler: Handler, serve: Callable[[Any, Context], Awaitable[Any]]) -> Handler:
         parse = cast("Callable[[bytes], Any]", handler.request_deserializer)
 
         async def answer(_: object, context: Context) -> Any:  # noqa: ANN401 - a message of any method
@@ -98,7 +187,7 @@ class AuthenticatedCalls:
             try:
                 workload = self._authenticate(cast("AuthContext", context.auth_context()))
                 _CALLER.set(workload)
-                self._begin(str(workload.spiffe_id), context)
+                self._begin(self._in_flight, self._limits.calls_in_flight, str(workload.spiffe_id), context)
                 request = await self._read(context, parse)
                 is_served = True
                 response = await serve(request, context)
@@ -113,18 +202,59 @@ class AuthenticatedCalls:
 
         return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
 
-    def _begin(self, identity: str, context: Context) -> None:
-        """Count the call until it is over: its answer taken, or its connection gone. Raises `RefusedError`."""
-        if self._in_flight[identity] >= self._calls_in_flight:
-            message = f"the workload has {self._calls_in_flight} calls that are not over"
-            raise RefusedError(Refusal(RefusalReason.TOO_MANY_REQUESTS, message, _CALL_AGAIN_AFTER))
-        self._in_flight[identity] += 1
-        context.add_done_callback(lambda _: self._end(identity))  # type: ignore[arg-type] # the stubs want a class
+    def _stream(self, method: str, serve: Callable[[LongCall, Context], Awaitable[None]]) -> Handler:
+        async def answer(_: object, context: Context) -> None:
+            def authenticate() -> Workload:
+                return self._authenticate(cast("AuthContext", context.auth_context()))
 
-    def _end(self, identity: str) -> None:
-        self._in_flight[identity] -= 1
-        if not self._in_flight[identity]:
-            del self._in_flight[identity]
+            started = perf_counter()
+            try:
+                workload = authenticate()
+                _CALLER.set(workload)
+                self._begin(self._streams, self._limits.streams, str(workload.spiffe_id), context)
+                call = LongCall(
+                    context,
+                    authenticate,
+                    read_within=self._read_within,
+                    write_within=self._limits.write_within.total_seconds(),
+                )
+                await serve(call, context)
+            except Exception as error:  # noqa: BLE001 - as above
+                if isinstance(error, (UnauthenticatedError, RefusedError)):
+                    self._record(error, _CALLER.get(None), context.peer())
+                status = self._status(method, error)
+            else:
+                self._events.answered(method, perf_counter() - started)
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ABORT_WITHIN):
+                    await context.abort(status.code, status.details, status.trailing_metadata)  # which raises
+
+        # The stubs know the form of the synchronous server only.
+        return grpc.stream_stream_rpc_method_handler(cast("Any", answer), None, None)
+
+    def _answering(
+        self, handler: Handler, serve: Callable[[Any, Context], AsyncIterator[Any]]
+    ) -> Callable[[LongCall, Context], Awaitable[None]]:
+        """Return what serves a method that has one request and a stream of responses."""
+        parse = cast("Callable[[bytes], Any]", handler.request_deserializer)
+        encode = cast("Callable[[Any], bytes]", handler.response_serializer)
+
+        async def answer(call: LongCall, context: Context) -> None:
+            request = _parsed(await call.first(), parse)
+            async for response in serve(request, context):
+                call.workload()
+                await call.write(encode(response))
+
+        return answer
+
+    def _begin(self, counted: Counter[str], at_most: int, identity: str, context: Context) -> None:
+        """Count the call until it is over: its answer taken, or its connection gone. Raises `RefusedError`."""
+        if counted[identity] >= at_most:
+            message = f"the workload has {at_most} calls that are not over"
+            raise RefusedError(Refusal(RefusalReason.TOO_MANY_REQUESTS, message, _CALL_AGAIN_AFTER))
+        counted[identity] += 1
+        context.add_done_callback(lambda _: _end(counted, identity))  # type: ignore[arg-type] # the stubs want a class
 
     async def _read(self, context: Context, parse: Callable[[bytes], Any]) -> Any:  # noqa: ANN401 - as above
         """Return the request. Raises `SlowRequestError`, or `RefusedError` where it is no message."""
@@ -137,11 +267,7 @@ class AuthenticatedCalls:
         if request is grpc.aio.EOF:
             msg = "the call ended before its request"
             raise SlowRequestError(msg)
-        try:
-            return parse(request)
-        except DecodeError as error:
-            refusal = Refusal(RefusalReason.INVALID_REQUEST, "the request is not a message of this method")
-            raise RefusedError(refusal) from error
+        return _parsed(request, parse)
 
     def _status(self, method: str, error: Exception) -> grpc.Status:
         """Report `error`, and return what the caller is told."""
@@ -154,6 +280,21 @@ class AuthenticatedCalls:
         return status_of_error(error)
 
 
+def _end(counted: Counter[str], identity: str) -> None:
+    counted[identity] -= 1
+    if not counted[identity]:
+        del counted[identity]
+
+
+def _parsed(request: bytes, parse: Callable[[bytes], Any]) -> Any:  # noqa: ANN401 - a message of any method
+    """Return the message in `request`. Raises `RefusedError` where there is none."""
+    try:
+        return parse(request)
+    except DecodeError as error:
+        refusal = Refusal(RefusalReason.INVALID_REQUEST, "the request is not a message of this method")
+        raise RefusedError(refusal) from error
+
+
 class _Registration:
     """Takes services in the place of a server."""
 
@@ -162,13 +303,10 @@ class _Registration:
         self._server = server
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
-        """Add the unary methods of a service, each by its name."""
-        wrapped = {
-            name: self._calls.wrap(f"/{service}/{name}", handler)
-            for name, handler in handlers.items()
-            if handler.unary_unary is not None
-        }
-        self._server.add_registered_method_handlers(service, wrapped)
+        """Add the methods of a service that are served, each by its name."""
+        wrapped = {name: self._calls.wrap(f"/{service}/{name}", handler) for name, handler in handlers.items()}
+        served = {name: handler for name, handler in wrapped.items() if handler is not None}
+        self._server.add_registered_method_handlers(service, served)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[object]) -> None:
         """Add nothing: generated code offers the same methods a second time, for versions that cannot register."""

@@ -22,26 +22,33 @@ from carnet_broker.issuance import RefusalReason, RefusedError
 __all__ = [
     "CODES",
     "DOMAIN",
+    "BehindError",
+    "DrainingError",
     "NoSuchMethodError",
+    "ReplacedError",
+    "SilentError",
+    "SlowReaderError",
     "SlowRequestError",
+    "StaleError",
     "UnavailableError",
     "rich_status",
     "status_of_error",
 ]
 
 DOMAIN: Final = "carnet"
-_UNAVAILABLE_TEXT: Final = "the broker has no key set now"
-_UNAUTHENTICATED_TEXT: Final = "the certificate of this connection does not authenticate a workload"
 _INTERNAL_TEXT: Final = "internal error"
 
 CODES: Final[Mapping[RefusalReason, grpc.StatusCode]] = {
     RefusalReason.INVALID_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
     RefusalReason.NOT_GRANTED: grpc.StatusCode.PERMISSION_DENIED,
     RefusalReason.SCOPE_NOT_GRANTED: grpc.StatusCode.PERMISSION_DENIED,
+    RefusalReason.BLOCKED: grpc.StatusCode.PERMISSION_DENIED,
     RefusalReason.CERTIFICATE_ENDING: grpc.StatusCode.FAILED_PRECONDITION,
     RefusalReason.TOO_MANY_REQUESTS: grpc.StatusCode.RESOURCE_EXHAUSTED,
     RefusalReason.NO_SIGNING_KEY: grpc.StatusCode.UNAVAILABLE,
     RefusalReason.KEY_STORE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    RefusalReason.STORE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    RefusalReason.CLOCK_IS_OFF: grpc.StatusCode.UNAVAILABLE,
     RefusalReason.AUDIT_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
 }
 
@@ -51,6 +58,45 @@ class UnavailableError(CarnetError):
 
     code = "KEY_SET_UNAVAILABLE"
     retryable = True
+
+
+class StaleError(CarnetError):
+    """What this replica knows of keys or revocations is too old to be told on."""
+
+    code = "STALE"
+    retryable = True
+
+
+class BehindError(CarnetError):
+    """The verifier knows more than this replica: another one has to serve it."""
+
+    code = "BEHIND"
+    retryable = True
+
+
+class DrainingError(CarnetError):
+    """The replica is shutting down: connect again, and reach another one."""
+
+    code = "DRAINING"
+    retryable = True
+
+
+class ReplacedError(CarnetError):
+    """A newer stream of the same verifier took the place of this one."""
+
+    code = "REPLACED"
+
+
+class SilentError(CarnetError):
+    """The verifier did not answer for longer than its own knowledge may be old."""
+
+    code = "SILENT"
+
+
+class SlowReaderError(CarnetError):
+    """The caller of a stream does not take what it is sent."""
+
+    code = "SLOW_READER"
 
 
 class SlowRequestError(CarnetError):
@@ -65,19 +111,45 @@ class NoSuchMethodError(CarnetError):
     code = "UNIMPLEMENTED"
 
 
+_TOLD: Final[Mapping[type[CarnetError], tuple[grpc.StatusCode, str, timedelta | None]]] = {
+    UnauthenticatedError: (
+        grpc.StatusCode.UNAUTHENTICATED,
+        "the certificate of this connection does not authenticate a workload",
+        None,
+    ),
+    UnavailableError: (grpc.StatusCode.UNAVAILABLE, "the broker has no key set now", timedelta(seconds=1)),
+    StaleError: (
+        grpc.StatusCode.UNAVAILABLE,
+        "the broker has not read keyring or revocations lately",
+        timedelta(seconds=1),
+    ),
+    BehindError: (grpc.StatusCode.UNAVAILABLE, "the broker is behind what the verifier knows", timedelta(seconds=1)),
+    DrainingError: (
+        grpc.StatusCode.UNAVAILABLE,
+        "the broker is shutting down: connect again",
+        timedelta(milliseconds=100),
+    ),
+    ReplacedError: (
+        grpc.StatusCode.ABORTED,
+        "another stream of this verifier has begun: give each verifier an instance_id of its own",
+        None,
+    ),
+    SilentError: (grpc.StatusCode.DEADLINE_EXCEEDED, "the verifier did not answer in time", None),
+    SlowReaderError: (grpc.StatusCode.DEADLINE_EXCEEDED, "the caller does not take what it is sent", None),
+    SlowRequestError: (grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not come in time", None),
+    NoSuchMethodError: (grpc.StatusCode.UNIMPLEMENTED, "there is no such method", None),
+}
+"""What the caller is told of the errors that have no refusal."""
+
+
 def status_of_error(error: BaseException) -> grpc.Status:
     """Return what the caller is told of `error`."""
     match error:
         case RefusedError(refusal=refusal):
             return rich_status(CODES[refusal.reason], str(refusal.reason), refusal.message, refusal.retry_after)
-        case UnauthenticatedError():
-            return rich_status(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", _UNAUTHENTICATED_TEXT)
-        case UnavailableError():
-            return rich_status(grpc.StatusCode.UNAVAILABLE, error.code, _UNAVAILABLE_TEXT, timedelta(seconds=1))
-        case SlowRequestError():
-            return rich_status(grpc.StatusCode.DEADLINE_EXCEEDED, error.code, "the request did not come in time")
-        case NoSuchMethodError():
-            return rich_status(grpc.StatusCode.UNIMPLEMENTED, error.code, "there is no such method")
+        case CarnetError() if type(error) in _TOLD:
+            code, text, retry_after = _TOLD[type(error)]
+            return rich_status(code, error.code, text, retry_after)
     return rich_status(grpc.StatusCode.INTERNAL, "INTERNAL", _INTERNAL_TEXT)
 
 

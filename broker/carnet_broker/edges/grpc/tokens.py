@@ -12,6 +12,7 @@ from carnet_broker.edges.grpc.calls import caller
 from carnet_broker.edges.grpc.status import CODES
 from carnet_broker.issuance import MAX_BATCH, Issued, Issuer, RefusedError, TokenRequest
 from carnet_broker.ports import Clock
+from carnet_broker.revoking import Revoker
 
 __all__ = ["TokenServicer", "parse", "response", "result"]
 
@@ -22,8 +23,9 @@ _NOT_A_TTL: Final = timedelta(0)
 class TokenServicer(token_pb2_grpc.TokenServiceServicer):
     """Serves TokenService to callers that `calls.AuthenticatedCalls` has let in."""
 
-    def __init__(self, issuer: Issuer, clock: Clock) -> None:
+    def __init__(self, issuer: Issuer, revoker: Revoker, clock: Clock) -> None:
         self._issuer = issuer
+        self._revoker = revoker
         self._clock = clock
 
     async def IssueToken(  # noqa: N802 - the name in the proto
@@ -47,6 +49,15 @@ class TokenServicer(token_pb2_grpc.TokenServiceServicer):
         asked = [parse(one) for one in request.requests[: MAX_BATCH + 1]]
         answers = await self._issuer.issue(caller(), asked, now=now, mono=mono)
         return token_pb2.IssueTokensResponse(results=[result(answer) for answer in answers])
+
+    async def RevokeToken(  # noqa: N802 - as above
+        self, request: token_pb2.RevokeTokenRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> token_pb2.RevokeTokenResponse:
+        """Revoke a token of the caller, or raise `RefusedError`."""
+        del context
+        now, mono = self._clock.now(), self._clock.mono()
+        version = await self._revoker.revoke_token(caller(), request.token, now=now, mono=mono)
+        return token_pb2.RevokeTokenResponse(revocation_version=version)
 
 
 def parse(message: token_pb2.IssueTokenRequest) -> TokenRequest:

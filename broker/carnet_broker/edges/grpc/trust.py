@@ -1,18 +1,23 @@
-"""TrustService: which keys to trust."""
+"""TrustService: which keys to trust, and which tokens no longer."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 
 import grpc
 
 from carnet.admission import Admission
 from carnet.v1 import trust_pb2, trust_pb2_grpc
-from carnet_broker.edges.grpc.calls import caller
+from carnet_broker.core.watching import Change, HelloError, change_from
+from carnet_broker.edges.grpc.calls import LongCall, caller, takes_long_call
 from carnet_broker.edges.grpc.status import UnavailableError
+from carnet_broker.edges.grpc.trust_knowledge import invalid
+from carnet_broker.edges.grpc.trust_messages import change_message, key_set_message, position_of
+from carnet_broker.edges.grpc.watch import Watchers
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
-from carnet_broker.ports import Clock
+from carnet_broker.ports import Clock, LogPosition
 from carnet_broker.signing import KeyringHolder
 
 __all__ = ["TrustServicer"]
@@ -28,27 +33,24 @@ class TrustServicer(trust_pb2_grpc.TrustServiceServicer):
         admission: Admission,
         clock: Clock,
         max_age: timedelta,
-        read_again: Callable[[], Awaitable[bool]],
+        watchers: Watchers,
     ) -> None:
-        """Wire the parts. `read_again` makes the replica read the keyring, and says whether Vault answered."""
+        self._watchers = watchers
+        self._known = watchers.known
         self._holder = holder
         self._admission = admission
         self._clock = clock
         self._max_age = max_age
-        self._read_again = read_again
 
     async def GetKeySet(  # noqa: N802 - the name in the proto
         self, request: trust_pb2.GetKeySetRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> trust_pb2.GetKeySetResponse:
         """Return the published keys. Raises `UnavailableError` rather than give an empty or a known old set."""
         del context
-        retry_after = self._admission.admit(str(caller().spiffe_id), 1, self._clock.mono())
-        if retry_after is not None:
-            refusal = Refusal(RefusalReason.TOO_MANY_REQUESTS, "too many requests of this workload", retry_after)
-            raise RefusedError(refusal)
+        self._admit()
         if (
             self._misses(request.missing_key_id)
-            and not await self._read_again()
+            and not await self._known.read_keyring()
             and self._misses(request.missing_key_id)
         ):
             msg = "the caller misses a key, and Vault cannot be asked for it"
@@ -57,13 +59,57 @@ class TrustServicer(trust_pb2_grpc.TrustServiceServicer):
         if view is None or not view.jwks:
             msg = "no keyring is loaded"
             raise UnavailableError(msg)
-        response = trust_pb2.GetKeySetResponse(
-            issuer=view.keyring.issuer, generation=view.keyring.generation, jwks=view.jwks
-        )
-        response.max_age.FromTimedelta(self._max_age)
+        response = key_set_message(view, max_age=self._max_age)
         age = view.age(self._clock.now(), self._clock.mono())
         response.age.FromTimedelta(max(age, timedelta(0)))
         return response
+
+    async def GetRevocations(  # noqa: N802 - as above
+        self, request: trust_pb2.GetRevocationsRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> AsyncIterator[trust_pb2.GetRevocationsResponse]:
+        """Yield what was revoked since a position; one response without a change where that is nothing."""
+        del context
+        self._admit()
+        self._known.check_serves_any(caller())
+        try:
+            sent = position_of(getattr(request, "from")) if request.HasField("from") else None
+        except HelloError as error:
+            msg = f"from: {error}"
+            raise invalid(msg) from error
+        peer = None if sent is None or sent.epoch == 0 else replace(sent, generation=0)
+        await self._known.catch_up(peer)
+        keys, log = self._known.views()
+        at = None if peer is None else LogPosition(peer.epoch, peer.revocation_version, peer.revocation_digest)
+        changes = change_from(at, log.tail, self._known.revocations.snapshot)
+        to = changes[-1].to if changes else log.position
+        parts: list[Change | None] = [*changes] or [None]
+        for change in parts:
+            response = trust_pb2.GetRevocationsResponse(
+                position=trust_pb2.Position(
+                    epoch=to.epoch,
+                    generation=keys.keyring.generation,
+                    revocation_version=to.version,
+                    revocation_digest=to.digest,
+                )
+            )
+            age = log.age(self._clock.now(), self._clock.mono())
+            response.age.FromTimedelta(max(age, timedelta(0)))
+            if change is not None:
+                response.change.CopyFrom(change_message(change))
+            yield response
+
+    @takes_long_call
+    async def Watch(self, call: LongCall, context: grpc.aio.ServicerContext[object, object]) -> None:  # type: ignore[override] # noqa: N802
+        """Serve one verifier until its stream ends."""
+        del context
+        await self._watchers.serve(call)
+
+    def _admit(self) -> None:
+        """Raise `RefusedError` where the caller asks too often."""
+        retry_after = self._admission.admit(str(caller().spiffe_id), 1, self._clock.mono())
+        if retry_after is not None:
+            refusal = Refusal(RefusalReason.TOO_MANY_REQUESTS, "too many requests of this workload", retry_after)
+            raise RefusedError(refusal)
 
     def _misses(self, kid: str) -> bool:
         """Say whether the caller named a key that this replica does not publish."""

@@ -1,0 +1,141 @@
+"""What all brokers of an environment know together, as this one has it: the store, opened, and what was read of it."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from functools import lru_cache
+from importlib.metadata import version as version_of
+from typing import Final
+
+from cryptography import x509
+
+from carnet.errors import ConfigError
+from carnet.revocations import certificate_names
+from carnet_broker.config import BrokerConfig
+from carnet_broker.core.revocation import RevocationRules
+from carnet_broker.core.unauthenticated import IdentityReason, UnauthenticatedError
+from carnet_broker.core.workload import Workload
+from carnet_broker.edges.store import open_store
+from carnet_broker.issuance import Refusal, RefusalReason
+from carnet_broker.ports import Clock, StoreUnavailableError
+from carnet_broker.revocation_view import RevocationHolder
+from carnet_broker.store_loop import StoreLoop, StorePorts, StoreTiming
+from carnet_broker.telemetry import Telemetry
+
+__all__ = ["CLOCK_IS_OFF", "CLOCK_IS_USELESS", "SharedState"]
+
+CLOCK_IS_OFF: Final = timedelta(seconds=5)
+"""How far the clock of this host may be from the store's before this broker calls itself degraded."""
+CLOCK_IS_USELESS: Final = timedelta(seconds=15)
+"""From here on it issues nothing: its times would be wrong by more than verifiers allow."""
+_TRY_AGAIN_AFTER: Final = 0.25
+
+
+class SharedState:
+    """The shared store and this broker's part in it."""
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        clock: Clock,
+        telemetry: Telemetry,
+        *,
+        generation: Callable[[], int],
+        changed: Callable[[], None],
+        newer_keyring: Callable[[], None],
+    ) -> None:
+        """Wire the parts; nothing is sent yet. Raises `ConfigError`. See `StoreLoop` for the callables."""
+        self._config = config
+        self._clock = clock
+        self.replica_id = uuid.uuid4().hex
+        """Names this process in the store."""
+        self.store = open_store(
+            config.store.url,
+            password=config.store.password_file,
+            timeout=config.store.timeout,
+            sessions_per_identity=config.store.verifier_sessions,
+            prepare=False,
+        )
+        self.revocations = RevocationHolder()
+        self.rules = RevocationRules(
+            longest_life=config.tokens.longest_life,
+            max_leaf_life=config.tls.max_leaf_life,
+            leeway=config.keys.leeway,
+            skew=config.keys.skew,
+        )
+        self.loop = StoreLoop(
+            StorePorts(
+                log=self.store.revocations,
+                sessions=self.store.sessions,
+                rollout=self.store.rollout,
+                leases=self.store.replicas,
+                mirror=self.store.mirror,
+                wakeups=self.store.wakeups,
+            ),
+            self.revocations,
+            clock,
+            telemetry.trust,
+            replica_id=self.replica_id,
+            version=version_of("carnet"),
+            timing=StoreTiming(
+                poll_interval=config.store.poll_interval,
+                lease=config.store.lease,
+                append_within=config.store.timeout + timedelta(seconds=1),
+            ),
+            generation=generation,
+            changed=changed,
+            newer_keyring=newer_keyring,
+        )
+
+    async def open(self) -> None:
+        """Bring the tables up to date, and read the revocations. Raises `ConfigError` if the store cannot be used.
+
+        A store that does not answer may be starting too, so it is asked again for a while.
+        """
+        deadline = self._clock.mono() + self._config.store.start_within.total_seconds()
+        while True:
+            try:
+                await asyncio.to_thread(self.store.prepare)
+                await asyncio.to_thread(self.loop.round)
+            except StoreUnavailableError as error:
+                if self._clock.mono() > deadline:
+                    msg = f"store.url: {error} ({error.__cause__ or 'no answer'})"
+                    raise ConfigError(msg) from error
+                await asyncio.sleep(_TRY_AGAIN_AFTER)
+            else:
+                return
+
+    def close(self) -> None:
+        """End the lease, the threads and the connections."""
+        self.loop.stop()
+        self.store.close()
+
+    def check_leaf(self, workload: Workload) -> Workload:
+        """Return `workload`. Raises `UnauthenticatedError` where its certificate was revoked here."""
+        entry = self.revocations.revocations.revokes_certificate(_names(workload.leaf))
+        if entry is not None:
+            raise UnauthenticatedError(IdentityReason.REVOKED, f"by revocation {entry.version}: {entry.value}")
+        return workload
+
+    def age(self, now: datetime, mono: float) -> timedelta:
+        """Return how long ago the store was read."""
+        view = self.revocations.view
+        return timedelta.max if view is None else view.age(now, mono)
+
+    def obstacle(self, now: datetime, mono: float) -> Refusal | None:
+        """Say why nothing may be issued now, as far as the store knows; None where it may."""
+        if self.age(now, mono) > self._config.trust.max_staleness:
+            text = "the broker has not read the newest revocations for too long"
+            return Refusal(RefusalReason.STORE_UNAVAILABLE, text, timedelta(seconds=1))
+        if self.loop.clock_offset > CLOCK_IS_USELESS:
+            text = "the clock of the broker is wrong"
+            return Refusal(RefusalReason.CLOCK_IS_OFF, text, timedelta(seconds=5))
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _names(leaf: x509.Certificate) -> frozenset[str]:
+    return certificate_names(leaf)

@@ -1,0 +1,438 @@
+"""The thread that speaks to the shared store: reads revocations, renews the lease, and tells of verifiers.
+
+The store can hang, so nobody who answers calls waits for it. One round reads the revocations since the last one, writes
+what verifiers have said, renews the lease of this replica where that is due, and looks whether another replica has a
+newer keyring. A round is due each `poll_interval`, when the store says that something has changed, and when somebody
+here has something for it. What a round cannot do now stays for the next one.
+
+Where the store is behind what was seen of it, it was restored from a backup: a new epoch begins (`core.lost_entries`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Final, Protocol
+
+from carnet.revocations import Revocation, lagging_time
+from carnet_broker.core.lost_entries import is_behind, lost_entries
+from carnet_broker.ports import (
+    Acknowledged,
+    Appended,
+    Clock,
+    KeyringMirror,
+    LogPosition,
+    NewRevocation,
+    ReplicaLeases,
+    ReplicaReport,
+    ReplicasSeen,
+    RevocationLog,
+    RevocationPage,
+    Rollout,
+    SessionChange,
+    SessionOutcome,
+    StoreUnavailableError,
+    VerifierSessions,
+    Wakeups,
+)
+from carnet_broker.revocation_view import RevocationHolder
+
+__all__ = ["StoreEvents", "StoreLoop", "StorePorts", "StoreTiming", "epoch_of"]
+
+_AT_ONCE: Final = 0.0
+_GATHER_FOR: Final = 0.02
+"""Seconds for which what verifiers say is gathered, so that a storm of them is a few transactions."""
+_BATCH: Final = 500
+"""Changes of sessions in one transaction."""
+_ASK_WITHIN: Final = 3.0
+"""Seconds that whoever asks for a reading waits for it."""
+_LISTEN_FOR: Final = timedelta(seconds=30)
+_CLEAN_EVERY: Final = 600.0
+_EPOCH_AT_MOST_EVERY: Final = 60.0
+"""Seconds between two epochs that begin because of what a verifier claims."""
+_STOP_WITHIN: Final = 5.0
+_PAUSE_AFTER_FAILURE: Final = 0.25
+
+
+class StoreEvents(Protocol):
+    """Who wants to hear of the store: logs and metrics."""
+
+    def store_answered(self) -> None:
+        """Tell that a round went well."""
+
+    def store_failed(self, error: Exception) -> None:
+        """Tell that a round failed. What was read before stays in force."""
+
+    def store_restored(self, seen: LogPosition, found: LogPosition) -> None:
+        """Tell that the store is behind what was seen of it, and that a new epoch begins."""
+
+    def revocations_read(self, position: LogPosition, count: int) -> None:
+        """Tell how far this replica is in the log, and how many entries are in force."""
+
+    def lease_renewed(self, *, live_replicas: int, clock_offset: float) -> None:
+        """Tell how many brokers are live, and how far the store's clock is from ours, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class StorePorts:
+    """The ports to one store."""
+
+    log: RevocationLog
+    sessions: VerifierSessions
+    rollout: Rollout
+    leases: ReplicaLeases
+    mirror: KeyringMirror
+    wakeups: Wakeups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreTiming:
+    """How often the store is looked at, and how long it may take."""
+
+    poll_interval: timedelta
+    lease: timedelta
+    append_within: timedelta
+    """How long whoever revokes waits."""
+
+
+@dataclass(slots=True)
+class _Said:
+    """A change of a session that is not written yet."""
+
+    change: SessionChange
+    mono: float
+    told: Callable[[SessionOutcome], None] | None
+
+
+class StoreLoop:
+    """Runs round after round in one thread, and `append` in others."""
+
+    def __init__(
+        self,
+        store: StorePorts,
+        holder: RevocationHolder,
+        clock: Clock,
+        events: StoreEvents,
+        *,
+        replica_id: str,
+        version: str,
+        timing: StoreTiming,
+        generation: Callable[[], int],
+        changed: Callable[[], None],
+        newer_keyring: Callable[[], None],
+    ) -> None:
+        """Wire the parts.
+
+        `generation` is that of the keyring in force here. `changed` hears that the revocations have changed,
+        `newer_keyring` that another replica has published a keyring that this one does not have. Both are called in
+        threads of the loop and must not wait.
+        """
+        self._store = store
+        self._holder = holder
+        self._clock = clock
+        self._events = events
+        self._replica_id = replica_id
+        self._version = version
+        self._timing = timing
+        self._generation = generation
+        self._changed = changed
+        self._newer_keyring = newer_keyring
+        self._poll_interval = timing.poll_interval.total_seconds()
+        self._renew_every = timing.lease.total_seconds() / 3
+        self._due = threading.Condition()
+        self._due_at = 0.0
+        self._said: list[_Said] = []
+        self._asked: list[Future[bool]] = []
+        self._claims: list[LogPosition] = []
+        self._stopping = False
+        self._failing = False
+        self._looked_at = float("-inf")
+        self._renewed_at = float("-inf")
+        self._renewed_generation = -1
+        self._cleaned_at = clock.mono()
+        self._claimed_at = float("-inf")
+        self._generation_seen = 0
+        self._seen: ReplicasSeen | None = None
+        self._offset = timedelta(0)
+        self._started_at, self._started_mono = clock.now(), clock.mono()
+        self._appending = ThreadPoolExecutor(max_workers=4, thread_name_prefix="carnet-revoke")
+        self._threads = [
+            threading.Thread(target=self._run, name="carnet-store", daemon=True),
+            threading.Thread(target=self._listen, name="carnet-wakeups", daemon=True),
+        ]
+
+    # -- what others see -------------------------------------------------------------------------------------------
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last round failed."""
+        return self._failing
+
+    @property
+    def clock_offset(self) -> timedelta:
+        """How far the wall clock of this machine is from the store's, at least; never negative."""
+        return self._offset
+
+    def replicas_seen(self) -> ReplicasSeen | None:
+        """Return the replicas as of the last renewal of our lease, None before the first."""
+        return self._seen
+
+    def report(self, change: SessionChange, told: Callable[[SessionOutcome], None] | None = None) -> None:
+        """Write a change of a session soon. `told` hears the outcome, in a thread of the loop."""
+        said = _Said(change, self._clock.mono(), told)
+        with self._due:
+            last = self._said[-1] if self._said else None
+            if isinstance(change, Acknowledged) and last is not None and _is_outdone(last.change, change):
+                self._said[-1] = said
+            else:
+                self._said.append(said)
+        self.wake(_GATHER_FOR)
+
+    def append(self, entries: Sequence[NewRevocation]) -> Future[Appended]:
+        """Make `entries` durable, and put them in force here. The future may raise `StoreUnavailableError`."""
+        return self._appending.submit(self._append, tuple(entries))
+
+    async def revoke(self, entries: Sequence[NewRevocation]) -> Appended:
+        """Return what `append` returns. Raises `StoreUnavailableError`, after `append_within` at the latest.
+
+        Then it is not known whether the entries were made durable.
+        """
+        try:
+            async with asyncio.timeout(self._timing.append_within.total_seconds()):
+                return await asyncio.wrap_future(self.append(entries))
+        except TimeoutError as error:
+            msg = f"the store did not answer within {self._timing.append_within}"
+            raise StoreUnavailableError(msg) from error
+
+    async def read_again(self, claim: LogPosition | None = None) -> bool:
+        """Read the store after this call was made; say whether it answered in time.
+
+        `claim` is what a verifier says that it has seen. Where the store is behind it also then, a new epoch begins;
+        once a minute at most.
+        """
+        asked: Future[bool] = Future()
+        with self._due:
+            if self._stopping:
+                return False
+            self._asked.append(asked)
+            if claim is not None:
+                self._claims.append(claim)
+        self.wake(_GATHER_FOR)
+        try:
+            async with asyncio.timeout(_ASK_WITHIN):
+                return await asyncio.wrap_future(asked)
+        except TimeoutError:
+            return False
+
+    def wake(self, within: float = _AT_ONCE) -> None:
+        """Do a round within that many seconds."""
+        with self._due:
+            self._due_at = min(self._due_at, self._clock.mono() + within)
+            self._due.notify()
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Write what is left, end the lease and the threads. A store that hangs is not waited for."""
+        with self._due:
+            self._stopping = True
+            self._due.notify()
+        self._store.wakeups.close()
+        for thread in self._threads:
+            thread.join(_STOP_WITHIN)
+        self._appending.shutdown(wait=False, cancel_futures=True)
+
+    # -- a round ---------------------------------------------------------------------------------------------------
+
+    def round(self) -> None:
+        """Do one round in the calling thread. Raises `StoreUnavailableError`."""
+        mono = self._clock.mono()
+        self._read()
+        self._write_sessions()
+        if mono - self._renewed_at >= self._renew_every or self._generation() != self._renewed_generation:
+            self._renew()
+        if mono - self._looked_at >= self._poll_interval / 2:
+            self._look_for_a_newer_keyring()
+            self._looked_at = mono
+        if mono - self._cleaned_at >= _CLEAN_EVERY:
+            self._store.leases.clean()
+            self._cleaned_at = mono
+        self._holder.expire(
+            lagging_time(
+                started=self._started_at,
+                elapsed=timedelta(seconds=mono - self._started_mono),
+                wall=self._clock.now(),
+            )
+        )
+
+    def _read(self) -> None:
+        """Take in what is new in the log; begin a new epoch where the store was restored."""
+        with self._due:
+            claims, self._claims = self._claims, []
+        now, mono = self._clock.now(), self._clock.mono()  # Before the reading: what is read is as new as that.
+        view = self._holder.view
+        after = None if view is None else view.position
+        page = self._store.log.read(after)
+        seen, lost = self._what_is_lost(page, after, claims, mono)
+        if seen is not None:
+            self._events.store_restored(seen, page.position)
+            own = self._holder.revocations.entries()
+            self._store.log.begin_epoch(seen=seen, carry=own, now=now)
+            now, mono = self._clock.now(), self._clock.mono()
+            page = self._store.log.read(after)
+            lost = ()  # They were carried over.
+        if self._holder.take(page, now=now, mono=mono):
+            self._changed()
+        if lost:
+            # Another replica has begun the epoch, and did not know of these.
+            again = [
+                NewRevocation(
+                    kind=entry.kind,
+                    value=entry.value,
+                    expires_at=entry.expires_at,
+                    before_version=entry.before_version or None,
+                    reason="carried over into a new epoch",
+                )
+                for entry in lost
+            ]
+            self._append(again)
+        self._events.revocations_read(page.position, len(self._holder.revocations))
+
+    def _what_is_lost(
+        self, page: RevocationPage, after: LogPosition | None, claims: Sequence[LogPosition], mono: float
+    ) -> tuple[LogPosition | None, tuple[Revocation, ...]]:
+        """Return what was seen that the store is behind of, and entries of ours that a new epoch lacks."""
+        found = page.position
+        if after is not None and is_behind(found, after):
+            return after, ()
+        if after is not None and page.snapshot:
+            lost = lost_entries(page, self._holder.revocations.entries())
+            if lost and found.epoch == after.epoch:
+                # It was restored, and has gone on beyond what we had seen: other entries, at the same versions.
+                return replace(after, version=found.version + 1), ()
+            return None, lost
+        highest = max(claims, key=lambda claim: (claim.epoch, claim.version), default=None)
+        is_due = mono - self._claimed_at >= _EPOCH_AT_MOST_EVERY
+        if highest is not None and is_behind(found, highest) and is_due:
+            self._claimed_at = mono
+            return highest, ()
+        return None, ()
+
+    def _write_sessions(self) -> None:
+        """Write what verifiers have said. What cannot be written now stays first."""
+        while True:
+            with self._due:
+                batch, self._said = self._said[:_BATCH], self._said[_BATCH:]
+            if not batch:
+                return
+            mono = self._clock.mono()
+            try:
+                outcomes = self._store.sessions.write([_aged(said, mono) for said in batch])
+            except BaseException:
+                with self._due:
+                    self._said[:0] = batch
+                raise
+            for said, outcome in zip(batch, outcomes, strict=True):
+                if said.told is not None:
+                    said.told(outcome)
+
+    def _renew(self) -> None:
+        generation = self._generation()
+        before = self._clock.now()
+        seen = self._store.leases.renew(
+            ReplicaReport(
+                replica_id=self._replica_id,
+                version=self._version,
+                generation=generation,
+                revocation_version=self._holder.version,
+                lease=self._timing.lease,
+            )
+        )
+        after = self._clock.now()
+        self._renewed_at, self._renewed_generation, self._seen = self._clock.mono(), generation, seen
+        self._offset = max(before - seen.now, seen.now - after, timedelta(0))
+        self._events.lease_renewed(
+            live_replicas=sum(replica.is_live(seen.now) for replica in seen.replicas),
+            clock_offset=self._offset.total_seconds(),
+        )
+
+    def _look_for_a_newer_keyring(self) -> None:
+        mirrored = self._store.mirror.load()
+        newest = max(self._store.rollout.state().generation, 0 if mirrored is None else mirrored.generation)
+        if newest > max(self._generation(), self._generation_seen):
+            self._newer_keyring()
+        self._generation_seen = newest
+
+    def _append(self, entries: Sequence[NewRevocation]) -> Appended:
+        appended = self._store.log.append(entries)
+        if self._holder.extend(appended):
+            self._changed()
+        else:
+            self.wake()  # Others were first, and their entries are read before ours.
+        return appended
+
+    # -- the threads -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            with self._due:
+                asked, self._asked = self._asked, []
+                self._due_at = self._clock.mono() + self._poll_interval
+            self._try_round()
+            for future in asked:
+                if future.set_running_or_notify_cancel():
+                    future.set_result(not self._failing)
+            self._wait()
+        self._try_round()
+        try:
+            self._store.leases.leave(self._replica_id)
+        except StoreUnavailableError as error:
+            self._events.store_failed(error)  # The lease ends by itself.
+        with self._due:
+            asked, self._asked = self._asked, []
+        for future in asked:
+            if future.set_running_or_notify_cancel():
+                future.set_result(False)
+
+    def _try_round(self) -> None:
+        try:
+            self.round()
+        except Exception as error:  # noqa: BLE001 - reported; a fault of one round must not end all reading
+            self._failing = True
+            self._events.store_failed(error)
+        else:
+            self._failing = False
+            self._events.store_answered()
+
+    def _wait(self) -> None:
+        with self._due:
+            not_before = self._clock.mono() + (_PAUSE_AFTER_FAILURE if self._failing else 0.0)
+            while not self._stopping and (left := max(self._due_at, not_before) - self._clock.mono()) > 0:
+                self._due.wait(left)
+
+    def _listen(self) -> None:
+        while not self._stopping:
+            if self._store.wakeups.wait(_LISTEN_FOR):
+                self.wake()
+
+
+def _is_outdone(earlier: SessionChange, later: Acknowledged) -> bool:
+    return isinstance(earlier, Acknowledged) and earlier.stream == later.stream
+
+
+def _aged(said: _Said, mono: float) -> SessionChange:
+    if isinstance(said.change, Acknowledged):
+        return replace(said.change, ago=timedelta(seconds=max(mono - said.mono, 0.0)))
+    return said.change
+
+
+def epoch_of(now: datetime) -> int:
+    """Return the number of an epoch that begins at `now`: milliseconds since 1970."""
+    return int((now - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(milliseconds=1))
