@@ -72,7 +72,7 @@ class SharedRollout:
         return keyring
 
     def save(self, keyring: Keyring) -> bool:
-        """Bring the mirror up to `keyring`; say whether it is. A later generation there stays."""
+        """Bring the mirror up to `keyring`; say whether it is."""
         if self._mirrored < keyring.generation:
             content = keyring_to_content(keyring, store=self._store_name)
             try:
@@ -108,10 +108,11 @@ class SharedRollout:
         )
 
     def raise_to(self, keyring: Keyring, kid: str) -> None:
-        """Prepare the publication of `kid` as the next generation after `keyring`. Raises `StoreUnavailableError`."""
-        if not self.save(keyring):
-            msg = f"the mirror of the keyring could not be brought up to generation {keyring.generation}"
-            raise self.trouble or StoreUnavailableError(msg)
+        """Prepare the publication of `kid` as the next generation after `keyring`. Raises `StoreUnavailableError`.
+
+        The mirror has `keyring` by then: it was saved when it was read or written, and a save that fails is the last
+        call of its round.
+        """
         self._ask(lambda: self._rollout.raise_to(keyring.generation + 1, kid))
 
     def permit(self, kid: str, *, overdue: bool) -> tuple[Permit | None, tuple[VerifierSession, ...]]:
