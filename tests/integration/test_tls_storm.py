@@ -109,11 +109,11 @@ def rage(running: Storm, *, seconds: float) -> None:
 
     def good() -> None:
         session = None
-        while time.monotonic() < until and running.is_alive:
+        while (began := time.monotonic()) < until and running.is_alive:
             try:
                 session = running.handshake(session)
             except OSError as error:  # ssl.SSLError and timeouts too
-                running.failures.append(repr(error))
+                running.failures.append(f"{error!r} after {time.monotonic() - began:.3f} s")
 
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(strangers), threads.submit(good)]:
