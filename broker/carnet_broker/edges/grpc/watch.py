@@ -290,7 +290,8 @@ class Watchers:
     def _take_outcome(self, stream: _Stream, outcome: SessionOutcome, position: Position) -> None:
         """Take in what became of a `Joined`. Where it is not counted, the next answer tries again."""
         stream.joining = False
-        stream.joined = stream.live = outcome.live
+        stream.joined = outcome.live
+        stream.live = outcome.live and not stream.hello.accepts_stale
         keys = self.known.keys.view
         if keys is not None and outcome.required_generation > keys.keyring.generation:
             # Another replica has published a key that this one has not seen.
@@ -392,7 +393,7 @@ class Watchers:
         key_age = max(keys.age(now, mono), timedelta(0))
         message = trust_pb2.WatchResponse(answered=stream.answered, live=stream.live)
         message.age.FromTimedelta(max(key_age, log.age(now, mono)))
-        message.heartbeat.FromTimedelta(self._rules.heartbeat * (1 + _JITTER))
+        message.heartbeat.FromTimedelta(self._rules.heartbeat)
         if not encoded:
             message.position.CopyFrom(position_message(push.position))
         if push.key_set:
