@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ConfigError,
         InvalidIdentityError,
         InvalidKeySetError,
+        InvalidRevocationError,
         InvalidTokenError,
         InvalidTokenReason,
         KeySetUnavailableError,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from carnet.source import AsyncClient, Client
     from carnet.spiffe import SpiffeID
     from carnet.token import Token
-    from carnet.trust import AsyncVerifier, Verifier
+    from carnet.trust import AsyncVerifier, Verifier, VerifierStatus
 
 __all__ = [
     "AsyncClient",
@@ -41,6 +42,7 @@ __all__ = [
     "Identity",
     "InvalidIdentityError",
     "InvalidKeySetError",
+    "InvalidRevocationError",
     "InvalidTokenError",
     "InvalidTokenReason",
     "KeySetUnavailableError",
@@ -49,6 +51,7 @@ __all__ = [
     "Token",
     "TokenError",
     "Verifier",
+    "VerifierStatus",
     "current",
 ]
 
@@ -61,6 +64,7 @@ _HOMES: Final = {
         "ConfigError",
         "InvalidIdentityError",
         "InvalidKeySetError",
+        "InvalidRevocationError",
         "InvalidTokenError",
         "InvalidTokenReason",
         "KeySetUnavailableError",
@@ -71,7 +75,7 @@ _HOMES: Final = {
     "carnet.source": ("AsyncClient", "Client"),
     "carnet.spiffe": ("SpiffeID",),
     "carnet.token": ("Token",),
-    "carnet.trust": ("AsyncVerifier", "Verifier"),
+    "carnet.trust": ("AsyncVerifier", "Verifier", "VerifierStatus"),
 }
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "is_name",
     "is_scope_token",
     "is_token_id",
+    "parse_certificate",
     "parse_scopes",
 ]
 
@@ -177,14 +178,23 @@ def certificate_thumbprint(certificate: bytes | x509.Certificate) -> str:
     `certificate` is DER or PEM (the first one counts, which in a chain is the leaf). Raises `InvalidIdentityError`
     where the bytes are no certificate.
     """
-    if isinstance(certificate, bytes):
-        try:
-            pem = b"-----BEGIN" in certificate[:4096]
-            certificate = (x509.load_pem_x509_certificate if pem else x509.load_der_x509_certificate)(certificate)
-        except ValueError:
-            msg = "the bytes are no X.509 certificate in DER or PEM"
-            raise InvalidIdentityError(msg) from None
-    return base64url(hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest()).decode("ascii")
+    der = parse_certificate(certificate).public_bytes(Encoding.DER)
+    return base64url(hashlib.sha256(der).digest()).decode("ascii")
+
+
+def parse_certificate(certificate: bytes | x509.Certificate) -> x509.Certificate:
+    """Return the certificate that `certificate` is: parsed, DER, or PEM, of which the first counts.
+
+    Raises `InvalidIdentityError` where the bytes are no certificate.
+    """
+    if isinstance(certificate, x509.Certificate):
+        return certificate
+    try:
+        pem = b"-----BEGIN" in certificate[:4096]
+        return (x509.load_pem_x509_certificate if pem else x509.load_der_x509_certificate)(certificate)
+    except ValueError:
+        msg = "the bytes are no X.509 certificate in DER or PEM"
+        raise InvalidIdentityError(msg) from None
 
 
 def _spiffe_id(payload: Mapping[str, Any], name: str) -> SpiffeID:

@@ -1,6 +1,7 @@
-"""What keeps the key set of a verifier fresh: one thread, or one task, that makes all the fetches.
+"""What asks for the keys and revocations of a verifier: one thread, or one task, that makes all the fetches.
 
-Both follow `carnet.keysets`, which says when to fetch and what may be said meanwhile. Because one thread makes every
+Both follow `carnet.keysets`, which says when to fetch and what may be said meanwhile: all the time where a verifier
+polls, and only for a missing key while a stream brings the news (`carnet.watching`). Because one thread makes every
 fetch, there is never more than one under way, and no caller of `verify` is ever inside gRPC: it waits for a result, for
 a bounded time, or does not wait at all.
 """
@@ -14,13 +15,24 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
 from carnet.errors import InvalidKeySetError, InvalidTokenError, InvalidTokenReason, KeySetUnavailableError
-from carnet.keyset_source import AsyncKeySetSource, KeySetSource, read_clocks
-from carnet.keysets import KeySetCache, KeySetSnapshot, Verdict
+from carnet.keyset_source import (
+    AsyncKeySetSource,
+    AsyncRevocationSource,
+    KeySetSource,
+    Polled,
+    RevocationSource,
+)
+from carnet.keysets import KeySetSnapshot, Supply, Verdict
+from carnet.revocations import Position
+from carnet.trust_messages import RefusedResponseError
+from carnet.trust_servers import read_clocks
+from carnet.trust_state import TrustState
 
 __all__ = ["AsyncKeySetPoller", "KeySetPoller"]
 
@@ -30,23 +42,45 @@ _LONGEST_SLEEP: Final = 5.0
 """Seconds. A timer stands still while a laptop sleeps; so whoever waits for hours looks at both clocks now and then."""
 
 
+Afterwards = Callable[[], object]
+
+
+def _nothing() -> Afterwards:
+    return _nothing
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     kid: str | None
     at_least: int
+    since: Position | None
+    """What is known of revocations, where these are asked for too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """What came of a fetch: the key set, or what it failed of; and the same of revocations, if these were asked for."""
+
+    keys: KeySetSnapshot | Exception
+    revocations: Polled | Exception | None = None
+    asked_for_revocations: bool = False
 
 
 class _Fetches:
     """The steps of a fetch that do not depend on how waiting is done. Called under the lock, or in the event loop."""
 
-    def __init__(self, cache: KeySetCache, timeout: timedelta) -> None:
-        self._cache = cache
+    def __init__(self, state: TrustState, timeout: timedelta, *, tells_revocations: bool, awaits_push: bool) -> None:
+        self.state = state
+        self._cache = state.keys
         self._timeout = timeout.total_seconds()
+        self._tells_revocations = tells_revocations
+        self._told_of_old_brokers = False
         self._job: _Job | None = None
         self._closed = False
         self.pid = os.getpid()
-        if cache.fetching:  # Left over from a process before the fork, or from an event loop that is gone.
-            cache.fail(read_clocks(), jitter=0.0)
+        self._cache.supply = Supply.AWAIT if awaits_push else Supply.POLL
+        if self._cache.fetching:  # Left over from a process before the fork, or from an event loop that is gone.
+            self._cache.fail(read_clocks(), jitter=0.0)
 
     def _decided(self, kid: str) -> bool:
         """Say whether the set holds `kid`; if not, a fetch that may tell is under way. Raises where none may be."""
@@ -68,11 +102,16 @@ class _Fetches:
 
     def _begin(self, kid: str | None) -> None:
         self._cache.begin(read_clocks(), kid=kid)
-        self._job = _Job(kid, self._cache.generation)
+        self._job = _Job(kid, self._cache.generation, None if self.state.wants_all else self.state.position)
+
+    def _wants_revocations(self, job: _Job) -> bool:
+        return self._tells_revocations and job.kid is None
 
     def _next(self) -> _Job | float:
         """Return the fetch to make now, or for how many seconds there is nothing to do."""
         if self._job is None:
+            if self._cache.supply is not Supply.POLL:
+                return _LONGEST_SLEEP
             wait = self._cache.due_in(read_clocks()).total_seconds()
             if wait > 0:
                 return min(wait, _LONGEST_SLEEP)
@@ -81,21 +120,44 @@ class _Fetches:
         assert job is not None  # noqa: S101 - for the type checker: _begin made it
         return job
 
-    def _end(self, answer: KeySetSnapshot | Exception) -> None:
+    def _end(self, fetched: _Fetched) -> None:
         """Take in what came of a fetch."""
         # Jitter spreads verifiers; nobody gains by guessing it.
         now, jitter, before = read_clocks(), random.random(), self._cache.generation  # noqa: S311
+        answer = fetched.keys
         if isinstance(answer, Exception):
             self._cache.fail(now, jitter=jitter, why=str(answer) or type(answer).__name__)
             _log.warning("the key set could not be fetched: %s", answer)
             return
+        missing = self._take_revocations(fetched) if fetched.asked_for_revocations else ""
         try:
-            self._cache.succeed(answer, now, jitter=jitter)
+            self._cache.succeed(answer, now, jitter=jitter, incomplete=missing)
         except InvalidKeySetError as error:
             _log.warning("a key set was refused, the one at hand stays: %s", error)
             return
         if answer.generation != before:
             _log.info("key set generation %d is loaded: %d keys", answer.generation, len(answer.keys.keys))
+
+    def _take_revocations(self, fetched: _Fetched) -> str:
+        """Load what was told of revocations; return what is missing, empty where nothing is."""
+        polled = fetched.revocations
+        if polled is None:
+            if self.state.position is not None:
+                return "the brokers that answer are of a version that does not tell of revocations"
+            self._cache.follows_revocations = False
+            if not self._told_of_old_brokers:
+                self._told_of_old_brokers = True
+                _log.warning("the brokers are of a version that does not tell of revocations: none is looked at")
+            return ""
+        if isinstance(polled, Polled):
+            try:
+                self.state.apply(polled.response, asked_at=polled.asked_at, now=read_clocks(), of_keys=False)
+            except RefusedResponseError as error:
+                _log.warning("revocations were refused, those at hand stay: %s", error)
+                return str(error)
+            return ""
+        _log.warning("the revocations could not be fetched: %s", polled)
+        return str(polled) or type(polled).__name__
 
     def _too_slow(self) -> KeySetUnavailableError:
         return KeySetUnavailableError(
@@ -106,9 +168,21 @@ class _Fetches:
 class KeySetPoller(_Fetches):
     """Fetches from one daemon thread. For one process: after a fork the child makes its own."""
 
-    def __init__(self, cache: KeySetCache, source: KeySetSource, *, timeout: timedelta) -> None:
-        super().__init__(cache, timeout)
+    def __init__(
+        self,
+        state: TrustState,
+        source: KeySetSource,
+        *,
+        timeout: timedelta,
+        revocations: RevocationSource | None = None,
+        changed: Callable[[], Afterwards] = _nothing,
+        awaits_push: bool = False,
+    ) -> None:
+        """Start. `changed` is called after each change, under the lock; what it returns is called without."""
+        super().__init__(state, timeout, tells_revocations=revocations is not None, awaits_push=awaits_push)
         self._source = source
+        self._revocations = revocations
+        self._on_change = changed
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="carnet-key-set", daemon=True)
         self._thread.start()
@@ -116,6 +190,15 @@ class KeySetPoller(_Fetches):
     def belongs_here(self) -> bool:
         """Say whether the thread is one of this process."""
         return self.pid == os.getpid()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[TrustState]:
+        """Hold the lock while the state is changed, then wake all who wait for a change."""
+        with self._changed:
+            yield self.state
+            self._changed.notify_all()
+            afterwards = self._on_change()
+        afterwards()
 
     def obtain(self, kid: str) -> None:
         """Return once the key set holds `kid`. Blocks for at most one time limit, and only for an unknown key.
@@ -158,14 +241,23 @@ class KeySetPoller(_Fetches):
 
     def _run(self) -> None:
         while (job := self._wait_for_job()) is not None:
-            try:
-                answer: KeySetSnapshot | Exception = self._source.fetch(job.kid, at_least=job.at_least)
-            # Whatever a source raises must not end this thread: nothing would ever be fetched again.
-            except Exception as error:  # noqa: BLE001
-                answer = error
-            with self._changed:
-                self._end(answer)
-                self._changed.notify_all()
+            fetched = self._fetch(job)
+            with self.changing():
+                self._end(fetched)
+
+    def _fetch(self, job: _Job) -> _Fetched:
+        try:
+            keys = self._source.fetch(job.kid, at_least=job.at_least)
+        # Whatever a source raises must not end this thread: nothing would ever be fetched again.
+        except Exception as error:  # noqa: BLE001
+            return _Fetched(error)
+        if self._revocations is None or not self._wants_revocations(job):
+            return _Fetched(keys)
+        try:
+            told: Polled | Exception | None = self._revocations.fetch_revocations(job.since)
+        except Exception as error:  # noqa: BLE001 - as above
+            told = error
+        return _Fetched(keys, told, asked_for_revocations=True)
 
     def _wait_for_job(self) -> _Job | None:
         with self._changed:
@@ -180,9 +272,21 @@ class KeySetPoller(_Fetches):
 class AsyncKeySetPoller(_Fetches):
     """Fetches from one task of the running event loop."""
 
-    def __init__(self, cache: KeySetCache, source: AsyncKeySetSource, *, timeout: timedelta) -> None:
-        super().__init__(cache, timeout)
+    def __init__(
+        self,
+        state: TrustState,
+        source: AsyncKeySetSource,
+        *,
+        timeout: timedelta,
+        revocations: AsyncRevocationSource | None = None,
+        changed: Callable[[], Afterwards] = _nothing,
+        awaits_push: bool = False,
+    ) -> None:
+        """Do what `KeySetPoller` does; `changed` is called in the event loop."""
+        super().__init__(state, timeout, tells_revocations=revocations is not None, awaits_push=awaits_push)
         self._source = source
+        self._revocations = revocations
+        self._on_change = changed
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -195,6 +299,13 @@ class AsyncKeySetPoller(_Fetches):
     def runs_elsewhere(self) -> bool:
         """Say whether the task is one of another event loop of this process that is still open."""
         return self.pid == os.getpid() and not self._loop.is_closed() and not self.belongs_here()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[TrustState]:
+        """Do what `KeySetPoller.changing` does. There is no lock: nothing in it may wait."""
+        yield self.state
+        self._wake.set()
+        self._tell()
 
     async def obtain(self, kid: str) -> None:
         """Do what `KeySetPoller.obtain` does."""
@@ -233,7 +344,8 @@ class AsyncKeySetPoller(_Fetches):
             while True:
                 step = self._next()
                 if isinstance(step, _Job):
-                    await self._fetch(step)
+                    self._end(await self._fetch(step))
+                    self._tell()
                     continue
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
@@ -243,16 +355,22 @@ class AsyncKeySetPoller(_Fetches):
             self._tell()
             await self._source.close()
 
-    async def _fetch(self, job: _Job) -> None:
+    async def _fetch(self, job: _Job) -> _Fetched:
         try:
-            answer: KeySetSnapshot | Exception = await self._source.fetch(job.kid, at_least=job.at_least)
+            keys = await self._source.fetch(job.kid, at_least=job.at_least)
         # As in the synchronous twin: whatever a source raises must not end this task. A cancellation does.
         except Exception as error:  # noqa: BLE001
-            answer = error
-        self._end(answer)
-        self._tell()
+            return _Fetched(error)
+        if self._revocations is None or not self._wants_revocations(job):
+            return _Fetched(keys)
+        try:
+            told: Polled | Exception | None = await self._revocations.fetch_revocations(job.since)
+        except Exception as error:  # noqa: BLE001 - as above
+            told = error
+        return _Fetched(keys, told, asked_for_revocations=True)
 
     def _tell(self) -> None:
         """Wake all who wait; whoever waits from now on waits for the next change."""
         self._changed.set()
         self._changed = asyncio.Event()
+        self._on_change()()

@@ -1,50 +1,56 @@
-"""Where a verifier gets the key set from: a port, and `TrustService.GetKeySet` behind it.
+"""Where a verifier that asks gets its knowledge from: a port, and `GetKeySet` and `GetRevocations` behind it.
 
 Several servers answer the same question. The one that answered last is asked first; one that cannot answer, answers
-nonsense, or lags behind the generation that the verifier has, is passed over for the next. All of it happens within one
-time limit.
+nonsense, or lags behind what the verifier has, is passed over for the next. All of it happens within one time limit.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Final, Protocol
+from datetime import timedelta
+from typing import Final, Generic, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 
 from carnet.endpoints import Failover, Target
 from carnet.errors import InvalidKeySetError, KeySetUnavailableError
-from carnet.identity import Identity
 from carnet.jwk import KeySet
 from carnet.keysets import KeySetSnapshot, Moment
-from carnet.tls import secure_aio_channel, secure_channel
-from carnet.v1.trust_pb2 import GetKeySetRequest, GetKeySetResponse
+from carnet.revocations import Position
+from carnet.trust_messages import PartCollector, RefusedResponseError, Response
+from carnet.trust_servers import (
+    AsyncTrustChannels,
+    TrustChannels,
+    TrustServers,
+    code_of,
+    describe,
+    read_clocks,
+    remedy,
+)
+from carnet.trust_wire import polled_response, position_message
+from carnet.v1.trust_pb2 import GetKeySetRequest, GetKeySetResponse, GetRevocationsRequest, GetRevocationsResponse
 from carnet.v1.trust_pb2_grpc import TrustServiceStub
 
 __all__ = [
     "AsyncKeySetSource",
+    "AsyncRevocationSource",
     "AsyncTrustServiceSource",
     "KeySetSource",
+    "Polled",
+    "RevocationSource",
     "TrustServers",
     "TrustServiceSource",
-    "read_clocks",
 ]
-
-_SHOWN: Final = 300
-"""Characters of what a server says."""
 
 _SHORTEST_SHARE: Final = 0.5
 """Seconds that one server gets at least, if so much is left: a connection over mutual TLS takes part of it."""
 
-
-def read_clocks() -> Moment:
-    """Return the moment that it is. The one place where the verifier reads a clock."""
-    return Moment(time.monotonic(), datetime.now(UTC))
+_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 
 class KeySetSource(Protocol):
@@ -71,110 +77,133 @@ class AsyncKeySetSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TrustServers:
-    """How the trust listeners of the brokers are reached. They want mutual TLS, so an identity is needed."""
+class Polled:
+    """What an issuer told of revocations when it was asked."""
 
-    targets: Sequence[Target]
-    identity: Identity
-    ca_pem: bytes
-    server_name: str
-    """The DNS name that their certificates carry."""
-    timeout: timedelta
-    """For the whole of one fetch, whatever the number of servers."""
+    response: Response
+    asked_at: Moment
+
+
+class RevocationSource(Protocol):
+    """Fetches revocations, for threads. One call at a time."""
+
+    def fetch_revocations(self, since: Position | None) -> Polled | None:
+        """Return what was revoked after `since`, None where the servers are of a version that does not tell.
+
+        An answer from before `since` is no answer. Raises `KeySetUnavailableError` within a bounded time.
+        """
+
+
+class AsyncRevocationSource(Protocol):
+    """Fetches revocations, for asyncio. One call at a time."""
+
+    async def fetch_revocations(self, since: Position | None) -> Polled | None:
+        """Do what `RevocationSource.fetch_revocations` does."""
 
 
 class TrustServiceSource:
-    """A `KeySetSource` over ``carnet.v1.TrustService``. Connects at the first fetch."""
+    """A `KeySetSource` and a `RevocationSource` over ``carnet.v1.TrustService``. Connects at the first fetch."""
 
-    def __init__(self, servers: TrustServers) -> None:
+    def __init__(self, servers: TrustServers, channels: TrustChannels | None = None) -> None:
         self._servers = servers
-        self._round = _Round(servers)
-        self._channels: dict[Target, grpc.Channel] = {}
+        self._failover = _failover(servers)
+        self._channels = channels or TrustChannels(servers)
 
     def fetch(self, missing_kid: str | None, *, at_least: int) -> KeySetSnapshot:
         """Ask the servers in turn. See `KeySetSource`."""
-        for attempt in self._round.attempts(missing_kid, at_least=at_least):
+        request = GetKeySetRequest(missing_key_id=missing_kid or "")
+        asking = _Round("a key set", self._servers, self._failover, _key_set_reader(at_least))
+        for attempt in asking.attempts():
             try:
-                stub = TrustServiceStub(self._channel(attempt.target))
-                attempt.answer = stub.GetKeySet(attempt.request, timeout=attempt.timeout)
+                stub = TrustServiceStub(self._channels.get(attempt.target))
+                attempt.answer = stub.GetKeySet(request, timeout=attempt.timeout)
             except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was closed.
                 attempt.error = error
-        return self._round.result()
+        return asking.result()
+
+    def fetch_revocations(self, since: Position | None) -> Polled | None:
+        """Ask the servers in turn. See `RevocationSource`."""
+        request = GetRevocationsRequest(**_from(since))
+        asking = _Round("revocations", self._servers, self._failover, _revocations_reader(since))
+        for attempt in asking.attempts():
+            try:
+                stub = TrustServiceStub(self._channels.get(attempt.target))
+                attempt.answer = list(stub.GetRevocations(request, timeout=attempt.timeout))
+            except (grpc.RpcError, ValueError) as error:
+                attempt.error = error
+        return None if asking.unimplemented else asking.result()
 
     def close(self) -> None:
         """Close the connections."""
-        for channel in self._channels.copy().values():
-            channel.close()
-
-    def _channel(self, target: Target) -> grpc.Channel:
-        channel = self._channels.get(target)
-        if channel is None:
-            servers = self._servers
-            channel = self._channels[target] = secure_channel(
-                target, identity=servers.identity, ca_pem=servers.ca_pem, server_name=servers.server_name
-            )
-        return channel
+        self._channels.close()
 
 
 class AsyncTrustServiceSource:
-    """An `AsyncKeySetSource` over ``carnet.v1.TrustService``. Belongs to the event loop of its first fetch."""
+    """What `TrustServiceSource` is, for the event loop of its first fetch."""
 
-    def __init__(self, servers: TrustServers) -> None:
+    def __init__(self, servers: TrustServers, channels: AsyncTrustChannels | None = None) -> None:
         self._servers = servers
-        self._round = _Round(servers)
-        self._channels: dict[Target, grpc.aio.Channel] = {}
+        self._failover = _failover(servers)
+        self._channels = channels or AsyncTrustChannels(servers)
 
     async def fetch(self, missing_kid: str | None, *, at_least: int) -> KeySetSnapshot:
         """Ask the servers in turn. See `AsyncKeySetSource`."""
-        for attempt in self._round.attempts(missing_kid, at_least=at_least):
+        request = GetKeySetRequest(missing_key_id=missing_kid or "")
+        asking = _Round("a key set", self._servers, self._failover, _key_set_reader(at_least))
+        for attempt in asking.attempts():
             try:
-                stub = TrustServiceStub(self._channel(attempt.target))
-                attempt.answer = await stub.GetKeySet(attempt.request, timeout=attempt.timeout)
+                stub = TrustServiceStub(self._channels.get(attempt.target))
+                attempt.answer = await stub.GetKeySet(request, timeout=attempt.timeout)
             except (grpc.RpcError, grpc.aio.UsageError) as error:  # UsageError: the channel was closed.
                 attempt.error = error
-        return self._round.result()
+        return asking.result()
+
+    async def fetch_revocations(self, since: Position | None) -> Polled | None:
+        """Ask the servers in turn. See `AsyncRevocationSource`."""
+        request = GetRevocationsRequest(**_from(since))
+        asking = _Round("revocations", self._servers, self._failover, _revocations_reader(since))
+        for attempt in asking.attempts():
+            try:
+                stub = TrustServiceStub(self._channels.get(attempt.target))
+                answers = stub.GetRevocations(request, timeout=attempt.timeout)
+                attempt.answer = [answer async for answer in answers]
+            except (grpc.RpcError, grpc.aio.UsageError) as error:
+                attempt.error = error
+        return None if asking.unimplemented else asking.result()
 
     async def close(self) -> None:
         """Close the connections."""
-        for channel in self._channels.copy().values():
-            await channel.close()
-
-    def _channel(self, target: Target) -> grpc.aio.Channel:
-        channel = self._channels.get(target)
-        if channel is None:
-            servers = self._servers
-            channel = self._channels[target] = secure_aio_channel(
-                target, identity=servers.identity, ca_pem=servers.ca_pem, server_name=servers.server_name
-            )
-        return channel
+        await self._channels.close()
 
 
 @dataclass(slots=True)
-class _Attempt:
+class _Attempt(Generic[_Answer]):
     """One question to one server; whoever asks puts in what came of it."""
 
     target: Target
-    request: GetKeySetRequest
     timeout: float
-    answer: GetKeySetResponse | None = None
+    answer: _Answer | None = None
     error: Exception | None = None
 
 
-class _Round:
+class _Round(Generic[_Answer, _Result]):
     """One fetch over several servers, for both stacks: whom to ask, for how long, and what to make of the answers."""
 
-    def __init__(self, servers: TrustServers) -> None:
+    def __init__(
+        self, what: str, servers: TrustServers, failover: Failover, read: Callable[[_Answer, Moment], _Result]
+    ) -> None:
+        self._what = what
         self._servers = servers
-        # Spread over the servers, so that verifiers which start together do not all ask the same one.
-        self._failover = Failover(servers.targets, first=random.randrange(len(servers.targets)))  # noqa: S311
-        self._result: KeySetSnapshot | None = None
+        self._failover = failover
+        self._read = read
+        self._result: list[_Result] = []
         self._failures: list[str] = []
         self._cause: Exception | None = None
+        self.unimplemented = False
+        """Whether no server gave an answer, and one of them does not know the question."""
 
-    def attempts(self, missing_kid: str | None, *, at_least: int) -> Iterator[_Attempt]:
+    def attempts(self) -> Iterator[_Attempt[_Answer]]:
         """Yield one attempt after the other until one has led to a usable answer, or the time is over."""
-        self._result, self._failures, self._cause = None, [], None
-        request = GetKeySetRequest(missing_key_id=missing_kid or "")
         end = time.monotonic() + self._servers.timeout.total_seconds()
         order = self._failover.order(time.monotonic())
         for position, target in enumerate(order):
@@ -183,78 +212,82 @@ class _Round:
                 self._failures.append(f"{len(order) - position} more were not asked for lack of time")
                 return
             asked_at = read_clocks()
-            attempt = _Attempt(target, request, max(left / (len(order) - position), min(left, _SHORTEST_SHARE)))
+            attempt = _Attempt[_Answer](target, max(left / (len(order) - position), min(left, _SHORTEST_SHARE)))
             yield attempt
             try:
-                self._result = _snapshot(attempt, asked_at, at_least=at_least)
-            except (InvalidKeySetError, KeySetUnavailableError) as error:
+                self._result.append(self._read(_answer_of(attempt), asked_at))
+            except (InvalidKeySetError, KeySetUnavailableError, RefusedResponseError) as error:
+                self.unimplemented |= code_of(attempt.error) is grpc.StatusCode.UNIMPLEMENTED
                 self._failover.failed(target, time.monotonic())
                 self._failures.append(f"{target}: {error}")
                 self._cause = attempt.error or error
             else:
+                self.unimplemented = False
                 self._failover.succeeded(target)
                 return
 
-    def result(self) -> KeySetSnapshot:
+    def result(self) -> _Result:
         """Return the answer. Raises `KeySetUnavailableError`, which says what each server did."""
-        if self._result is not None:
-            return self._result
+        if self._result:
+            return self._result[0]
         texts = "; ".join(self._failures)
-        msg = f"no trust server gave a key set ({texts}); {_remedy(texts, self._servers)}"
+        msg = f"no trust server gave {self._what} ({texts}); {remedy(texts, self._servers)}"
         raise KeySetUnavailableError(msg) from self._cause
 
 
-def _snapshot(attempt: _Attempt, asked_at: Moment, *, at_least: int) -> KeySetSnapshot:
-    answer = attempt.answer
-    if answer is None:
-        msg = f"{_describe(attempt.error)}"
+def _answer_of(attempt: _Attempt[_Answer]) -> _Answer:
+    if attempt.answer is None:
+        msg = describe(attempt.error)
         raise KeySetUnavailableError(msg)
-    if answer.generation < at_least:
-        msg = f"it has generation {answer.generation}, and {at_least} is loaded"
-        raise KeySetUnavailableError(msg)
+    return attempt.answer
+
+
+def _failover(servers: TrustServers) -> Failover:
+    # Spread over the servers, so that verifiers which start together do not all ask the same one.
+    return Failover(servers.targets, first=random.randrange(len(servers.targets)))  # noqa: S311
+
+
+def _from(since: Position | None) -> dict[str, object]:
+    return {} if since is None else {"from": position_message(since)}  # A word of Python, so not by its name.
+
+
+def _key_set_reader(at_least: int) -> Callable[[GetKeySetResponse, Moment], KeySetSnapshot]:
+    def read(answer: GetKeySetResponse, asked_at: Moment) -> KeySetSnapshot:
+        if answer.generation < at_least:
+            msg = f"it has generation {answer.generation}, and {at_least} is loaded"
+            raise KeySetUnavailableError(msg)
+        return KeySetSnapshot(
+            issuer=answer.issuer,
+            generation=answer.generation,
+            keys=KeySet.parse(answer.jwks),
+            max_age=_time(answer.max_age.ToTimedelta),
+            age=_time(answer.age.ToTimedelta),
+            asked_at=asked_at,
+        )
+
+    return read
+
+
+def _revocations_reader(since: Position | None) -> Callable[[Iterable[GetRevocationsResponse], Moment], Polled]:
+    def read(answers: Iterable[GetRevocationsResponse], asked_at: Moment) -> Polled:
+        parts, whole = PartCollector(), None
+        for answer in answers:
+            whole = parts.add(polled_response(answer), asked_at)
+        if whole is None:
+            msg = "its answer has no end"
+            raise KeySetUnavailableError(msg)
+        told = whole[0].position
+        if since is not None and (told.epoch, told.revocation_version) < (since.epoch, since.revocation_version):
+            msg = f"it has revocation {told.revocation_version}, and {since.revocation_version} is loaded"
+            raise KeySetUnavailableError(msg)
+        return Polled(whole[0], asked_at)
+
+    return read
+
+
+def _time(convert: Callable[[], timedelta]) -> timedelta:
     try:
-        max_age, age = answer.max_age.ToTimedelta(), answer.age.ToTimedelta()
+        return convert()
     except (ValueError, OverflowError) as error:
         msg = "its times are out of range"
         raise InvalidKeySetError(msg) from error
-    return KeySetSnapshot(
-        issuer=answer.issuer,
-        generation=answer.generation,
-        keys=KeySet.parse(answer.jwks),
-        max_age=max_age,
-        age=age,
-        asked_at=asked_at,
-    )
-
-
-def _describe(error: Exception | None) -> str:
-    if isinstance(error, grpc.Call | grpc.aio.AioRpcError):
-        details = error.details() or ""
-        return f"{error.code().name} {details[:_SHOWN]}"
-    return "the connection is closed"
-
-
-def _remedy(texts: str, servers: TrustServers) -> str:
-    """Say what to do about it, from what the servers did and what this side knows."""
-    ended_at = servers.identity.not_after
-    # gRPC says "Socket closed" when a server refuses the certificate: the likeliest reason is known here.
-    if ended_at < datetime.now(UTC):
-        return f"the own certificate ended at {ended_at:%Y-%m-%dT%H:%M:%SZ}, check CARNET_CERT_FILE"
-    for sign, remedy in (
-        ("UNIMPLEMENTED", "this is no trust listener (that for tokens has a port of its own), check CARNET_TRUST"),
-        (
-            "CERTIFICATE_VERIFY_FAILED",
-            "the certificate there has ended or is not from your authorities, check CARNET_CA_FILE",
-        ),
-        (
-            "Hostname Verification",
-            f"the certificate there is not for {servers.server_name}, check CARNET_TRUST and CARNET_BROKER_NAME",
-        ),
-        (
-            "Socket closed",
-            "the broker may not trust your certificate, check CARNET_CERT_FILE and the broker's CA file",
-        ),
-    ):
-        if sign in texts:
-            return remedy
-    return "check CARNET_TRUST, and that a broker runs there and is ready"

@@ -14,6 +14,11 @@ Rules
    answer lacks it too, the `kid` is remembered as absent until a newer generation comes; at most `max_absent` of them.
 6. "No" and "cannot tell" differ. Absent is no. Unknown while nothing may be asked is cannot tell: the key may be new.
 7. A set that is usable and holds the key is used, whatever else goes on.
+8. News come from fetches (`Supply.POLL`), or a stream pushes them (`carnet.watching`): then no fetch is due, and only a
+   missing key is asked for. A pushed set obeys rule 4, and clears what is remembered as absent. A push that brings
+   nothing new still says how fresh the set is.
+9. A verifier that follows revocations decides nothing before it was told of them, nor when what it was told is over
+   `max_staleness`: a set is as stale as the staler of both.
 
 What may be said about one `kid` is the table in `decide`.
 
@@ -23,7 +28,7 @@ Elapsed time is the greater of both, so each fault makes the set look older and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
@@ -31,7 +36,18 @@ from typing import Final
 from carnet.errors import ConfigError, InvalidKeySetError
 from carnet.jwk import KeySet
 
-__all__ = ["KeySetCache", "KeySetRules", "KeySetSnapshot", "Knowledge", "Moment", "OnStale", "Verdict", "decide"]
+__all__ = [
+    "Freshness",
+    "KeySetCache",
+    "KeySetRules",
+    "KeySetSnapshot",
+    "Knowledge",
+    "Moment",
+    "OnStale",
+    "Supply",
+    "Verdict",
+    "decide",
+]
 
 _NOTHING: Final = timedelta(0)
 _SOONEST: Final = 0.6
@@ -50,6 +66,20 @@ class Moment:
     def since(self, earlier: Moment) -> timedelta:
         """Return the time since `earlier`: the greater of what the two clocks say."""
         return max(timedelta(seconds=self.monotonic - earlier.monotonic), self.wall - earlier.wall)
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """How old some knowledge is."""
+
+    age: timedelta
+    """How old it was for whoever told it."""
+    asked_at: Moment
+    """When it was asked for, or when the last word went out that the teller is known to have had before it spoke."""
+
+    def staleness(self, now: Moment) -> timedelta:
+        """Return how old it is by now."""
+        return self.age + max(_NOTHING, now.since(self.asked_at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +102,25 @@ class KeySetSnapshot:
             msg = f"key set generation {self.generation} has max-age {self.max_age} and age {self.age}"
             raise InvalidKeySetError(msg)
 
+    @property
+    def freshness(self) -> Freshness:
+        """How old the answer is."""
+        return Freshness(self.age, self.asked_at)
+
     def staleness(self, now: Moment) -> timedelta:
         """Return how old the set is by now."""
-        return self.age + max(_NOTHING, now.since(self.asked_at))
+        return self.freshness.staleness(now)
+
+
+class Supply(StrEnum):
+    """Where news come from."""
+
+    POLL = "poll"
+    """From fetches, when they are due."""
+    AWAIT = "await"
+    """From a stream that is being opened for the first time: what is asked meanwhile waits for it."""
+    PUSH = "push"
+    """From a stream that is open, or was a moment ago."""
 
 
 class OnStale(StrEnum):
@@ -154,9 +200,12 @@ class KeySetCache:
     seen either whole or not yet.
     """
 
-    def __init__(self, rules: KeySetRules, *, issuer: str) -> None:
+    def __init__(self, rules: KeySetRules, *, issuer: str, follows_revocations: bool = False) -> None:
         self._rules = rules
         self._issuer = issuer
+        self.supply = Supply.POLL
+        self.follows_revocations = follows_revocations
+        self._told: Freshness | None = None  # How fresh the revocations are; None before the first.
         self._snapshot: KeySetSnapshot | None = None
         self._fetching = False
         self._asked_kid: str | None = None
@@ -183,21 +232,33 @@ class KeySetCache:
         """Whether a fetch is under way."""
         return self._fetching
 
-    def usable(self, now: Moment) -> KeySet | None:
-        """Return the set if it may decide now (rule 3)."""
-        snapshot = self._snapshot
-        if snapshot is None:
+    def usable(self, now: Moment, *, on_stale: OnStale | None = None) -> KeySet | None:
+        """Return the set if it may decide now (rules 3 and 9). `on_stale` is by default that of the rules."""
+        snapshot, told = self._snapshot, self._told
+        if snapshot is None or (told is None and self.follows_revocations):
             return None
-        if self._rules.on_stale is OnStale.REFUSE and snapshot.staleness(now) > self._rules.max_staleness:
-            return None
+        if (on_stale or self._rules.on_stale) is OnStale.REFUSE:
+            budget = self._rules.max_staleness
+            if _over(budget, snapshot, now) or (told is not None and _over(budget, told, now)):
+                return None
         return snapshot.keys
+
+    def staleness(self, now: Moment) -> timedelta | None:
+        """Return how old the set and the revocations are, whichever is older; None where there is no set."""
+        if self._snapshot is None:
+            return None
+        known = self._snapshot.staleness(now)
+        return known if self._told is None else max(known, self._told.staleness(now))
 
     def verdict(self, kid: str, now: Moment) -> Verdict:
         """Return what can be said about `kid` now."""
         keys = self.usable(now)
         if keys is None:
             return decide(
-                usable=False, knowledge=Knowledge.UNKNOWN, fetching=self._fetching, may_ask=not self.due_in(now)
+                usable=False,
+                knowledge=Knowledge.UNKNOWN,
+                fetching=self._fetching or self.supply is Supply.AWAIT,
+                may_ask=self.supply is Supply.POLL and not self.due_in(now),
             )
         if keys.get(kid) is not None:
             knowledge = Knowledge.PRESENT
@@ -221,21 +282,23 @@ class KeySetCache:
         if kid is not None:
             self._kid_asked_at = now
 
-    def succeed(self, snapshot: KeySetSnapshot, now: Moment, *, jitter: float) -> None:
+    def succeed(self, snapshot: KeySetSnapshot, now: Moment, *, jitter: float, incomplete: str = "") -> None:
         """Take the answer of the fetch in; `jitter` is a random number from 0 to 1.
+
+        `incomplete` is what went wrong with the rest of the answer: then it is asked for again as after a failure.
 
         Raises `InvalidKeySetError` for an answer that may not replace the set at hand; then the fetch has failed.
         """
         try:
-            self._check(snapshot)
+            self._check(snapshot, at_least=self.generation)
         except InvalidKeySetError as error:
             self.fail(now, jitter=jitter, why=str(error))
             raise
         if snapshot.generation > self.generation:
             self._absent.clear()
-        self._snapshot, self._why = snapshot, ""
+        self._snapshot, self._why = snapshot, incomplete
         left = self._rules.max_staleness - snapshot.staleness(now)
-        if left < _NOTHING:  # Too old on arrival: it is no use to ask for the like of it at once.
+        if left < _NOTHING or incomplete:  # Too old on arrival: it is no use to ask for the like of it at once.
             self._back_off(now, jitter)
         else:
             self._failures = 0
@@ -246,6 +309,32 @@ class KeySetCache:
             if len(self._absent) > self._rules.max_absent:
                 del self._absent[next(iter(self._absent))]
         self._fetching = False
+
+    def load(self, snapshot: KeySetSnapshot, *, new_epoch: bool = False) -> None:
+        """Take a pushed set in (rule 8). In a new epoch its generation may be lower: the issuer was restored.
+
+        Raises `InvalidKeySetError` for one that may not replace the set at hand.
+        """
+        self._check(snapshot, at_least=0 if new_epoch else self.generation)
+        self._absent.clear()
+        self._snapshot, self._why = snapshot, ""
+        self._failures, self._waits_from = 0, None  # Should the stream end, a fetch is due.
+
+    def confirm(self, freshness: Freshness, now: Moment) -> None:
+        """Note that the set at hand is the one of the issuer, as of `freshness`. Never makes it older."""
+        snapshot = self._snapshot
+        if snapshot is not None and freshness.staleness(now) < snapshot.staleness(now):
+            self._snapshot = replace(snapshot, age=freshness.age, asked_at=freshness.asked_at)
+        self._why = ""
+
+    def told_revocations(self, freshness: Freshness, now: Moment) -> None:
+        """Note that the revocations at hand are those of the issuer, as of `freshness`. Never makes them older."""
+        if self._told is None or freshness.staleness(now) < self._told.staleness(now):
+            self._told = freshness
+
+    def lost(self, why: str) -> None:
+        """Note what a stream ended of: for `explain`."""
+        self._why = why
 
     def fail(self, now: Moment, *, jitter: float, why: str = "") -> None:
         """Say that the fetch failed, and of what: for `explain`. The set at hand stays (rule 4)."""
@@ -259,9 +348,14 @@ class KeySetCache:
         why = self._why or "no answer came so far, check where the keys are asked for (CARNET_TRUST)"
         if snapshot is None:
             return f"no key set of {self._issuer} could be had yet: {why}"
+        if self._told is None and self.follows_revocations:
+            return f"the revocations of {self._issuer} could not be had yet: {why}"
         if self.usable(now) is None:
+            what, age = "key set", snapshot.staleness(now)
+            if self._told is not None and self._told.staleness(now) > age:
+                what, age = "knowledge of revocations", self._told.staleness(now)
             return (
-                f"the key set of {self._issuer} is {snapshot.staleness(now).total_seconds():.0f} s old, over the limit"
+                f"the {what} of {self._issuer} is {age.total_seconds():.0f} s old, over the limit"
                 f" of {self._rules.max_staleness.total_seconds():.0f} s, and no newer one could be had: {why}"
             )
         return (
@@ -269,15 +363,15 @@ class KeySetCache:
             f" asked for once in {self._rules.cooldown.total_seconds():.0f} s"
         )
 
-    def _check(self, snapshot: KeySetSnapshot) -> None:
+    def _check(self, snapshot: KeySetSnapshot, *, at_least: int) -> None:
         if snapshot.issuer != self._issuer:
             msg = (
                 f"the key set is of issuer {snapshot.issuer[:200]!r}, and this verifier trusts {self._issuer!r}:"
                 " check CARNET_ISSUER"
             )
             raise InvalidKeySetError(msg)
-        if snapshot.generation < self.generation:
-            msg = f"the key set is of generation {snapshot.generation}, and {self.generation} is loaded"
+        if snapshot.generation < at_least:
+            msg = f"the key set is of generation {snapshot.generation}, and {at_least} is loaded"
             raise InvalidKeySetError(msg)
 
     def _cooling(self, now: Moment) -> bool:
@@ -288,3 +382,11 @@ class KeySetCache:
         most = min(self._rules.retry_most, self._rules.retry_first * 2 ** min(self._failures, _MAX_DOUBLINGS))
         self._failures += 1
         self._waits_from, self._wait = now, max(self._rules.poll_floor, most * jitter)
+
+
+def _over(budget: timedelta, known: KeySetSnapshot | Freshness, now: Moment) -> bool:
+    """Say whether the staleness of `known` is over `budget`. Does what `staleness` does, in less time."""
+    asked_at, left = known.asked_at, budget - known.age
+    return (
+        left < _NOTHING or now.wall - asked_at.wall > left or now.monotonic - asked_at.monotonic > left.total_seconds()
+    )

@@ -201,6 +201,11 @@ class RevocationSet:
     def __repr__(self) -> str:
         return f"RevocationSet({len(self)} entries)"
 
+    @property
+    def names_certificates(self) -> bool:
+        """Whether any entry names a certificate: only then `peer_names` matter, and they take time to make."""
+        return bool(self._certificates)
+
     def add(self, entries: Iterable[Revocation]) -> None:
         """Enter `entries`, in any order. An entry that is there already changes nothing."""
         for entry in entries:

@@ -23,6 +23,7 @@ __all__ = [
     "AUDIENCE",
     "BROKER",
     "BROKER_NAME",
+    "CACHE_DIR",
     "CA_FILE",
     "CERT_FILE",
     "ISSUER",
@@ -33,6 +34,7 @@ __all__ = [
     "audience",
     "broker_name",
     "ca_pem",
+    "cache_dir",
     "identity",
     "issuer",
     "targets",
@@ -82,6 +84,8 @@ ISSUER: Final = Variable(
 )
 AUDIENCE: Final = Variable("CARNET_AUDIENCE", "audience", "the name of your service in the broker's policy")
 
+CACHE_DIR: Final = Variable("CARNET_CACHE_DIR", "state_dir", "a directory of your own, which nobody else may open")
+
 
 def targets(
     variable: Variable, given: str | Iterable[str] | None = None, environ: Environment | None = None
@@ -122,6 +126,11 @@ def ca_pem(ca_file: StrPath | None = None, environ: Environment | None = None) -
     """Load the authorities in the file of `CA_FILE`. Raises `ConfigError`."""
     path = CA_FILE.require(_text(ca_file), environ)
     return load_ca_file(path, variable=CA_FILE.name if ca_file is None else None)
+
+
+def cache_dir(given: StrPath | None = None, environ: Environment | None = None) -> str | None:
+    """Return the directory for what outlives a process, None where none is set. Raises `ConfigError` for no name."""
+    return CACHE_DIR.find(_text(given), environ)
 
 
 def issuer(given: str | None = None, environ: Environment | None = None) -> str:

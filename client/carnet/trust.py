@@ -5,8 +5,10 @@
     verifier = Verifier(audience="payments")        # the rest from the environment
     claims = verifier.verify(token, peer_certificate=leaf)
 
-A verifier knows the keys that the issuer publishes and keeps them fresh in the background (`carnet.keysets` has the
-rules). A token whose key is known is verified in memory: no lock, no network, whatever goes on elsewhere.
+A verifier knows the keys that the issuer publishes and the tokens that it has revoked, and a broker keeps it up to date
+in the background: pushed on a stream (`carnet.watching`), or by questions (`carnet.keysets` has the rules). A token
+whose key is known is verified in memory: no lock, no network, whatever goes on elsewhere. Once what is known is older
+than `max_staleness`, a verifier says that it cannot tell.
 
 Nothing is started before the first use, so a verifier may be made before a fork; each child then starts its own. If
 it was used before the fork, a child goes on with the keys that it inherits and fetches anew. gRPC promises to work in
@@ -18,126 +20,29 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
-from enum import StrEnum
+from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Final, Generic, Self, TypeVar
+from typing import Final, Self
 
 from cryptography import x509
 
-from carnet import settings
-from carnet.claims import Claims, certificate_thumbprint
-from carnet.errors import ConfigError, KeySetUnavailableError
-from carnet.identity import Identity, StrPath
+from carnet.claims import Claims, certificate_thumbprint, parse_certificate
 from carnet.keyset_polling import AsyncKeySetPoller, KeySetPoller
-from carnet.keyset_source import (
-    AsyncKeySetSource,
-    AsyncTrustServiceSource,
-    KeySetSource,
-    TrustServers,
-    TrustServiceSource,
-    read_clocks,
-)
-from carnet.keysets import KeySetCache, KeySetRules, OnStale
-from carnet.verify import Binding, Expectations, UnverifiedToken, parse_unverified, verify_parsed
+from carnet.keyset_source import AsyncKeySetSource, AsyncTrustServiceSource, KeySetSource, TrustServiceSource
+from carnet.keysets import OnStale
+from carnet.persisted import StateKeeper
+from carnet.trust_servers import AsyncTrustChannels, TrustChannels
+from carnet.trust_state import VerifierStatus
+from carnet.verification import AsyncChanges, Changes, Mode, Verification
+from carnet.verify import parse_unverified
+from carnet.watching import AsyncWatcher, Watcher
 
-__all__ = ["AsyncVerifier", "Verifier"]
+__all__ = ["AsyncVerifier", "Mode", "Verifier", "VerifierStatus"]
 
-_LEEWAY: Final = timedelta(seconds=30)
-_MAX_STALENESS: Final = timedelta(minutes=5)
-_COOLDOWN: Final = timedelta(seconds=30)
-_FETCH_TIMEOUT: Final = timedelta(seconds=2)
 _READY_TIMEOUT: Final = timedelta(seconds=10)
 
-_Choice = TypeVar("_Choice", bound=StrEnum)
-_Source = TypeVar("_Source", KeySetSource, AsyncKeySetSource)
 
-
-class _Verification(ABC, Generic[_Source]):
-    """What both verifiers share: the settings, the key set at hand, and the check itself."""
-
-    def __init__(
-        self,
-        *,
-        audience: str | None = None,
-        issuer: str | None = None,
-        trust: str | Iterable[str] | None = None,
-        identity: Identity | None = None,
-        ca_file: StrPath | None = None,
-        broker_name: str | None = None,
-        binding: Binding | str = Binding.CERTIFICATE,
-        max_staleness: timedelta = _MAX_STALENESS,
-        on_stale: OnStale | str = OnStale.REFUSE,
-        leeway: timedelta = _LEEWAY,
-        cooldown: timedelta = _COOLDOWN,
-        fetch_timeout: timedelta = _FETCH_TIMEOUT,
-        source: Callable[[], _Source] | None = None,
-    ) -> None:
-        if fetch_timeout <= timedelta():
-            msg = f"fetch_timeout must be longer than nothing, and is {fetch_timeout}"
-            raise ConfigError(msg)
-        self._expectations = Expectations(
-            issuer=settings.issuer(issuer),
-            audience=settings.audience(audience),
-            binding=_choose(Binding, "binding", binding),
-            leeway=leeway,
-        )
-        rules = KeySetRules(
-            max_staleness=max_staleness, on_stale=_choose(OnStale, "on_stale", on_stale), cooldown=cooldown
-        )
-        self._cache = KeySetCache(rules, issuer=self._expectations.issuer)
-        self._fetch_timeout = fetch_timeout
-        self._closed = False
-        if source is None:
-            identity = identity or settings.identity()
-            servers = TrustServers(
-                targets=settings.targets(settings.TRUST, trust),
-                identity=identity,
-                ca_pem=settings.ca_pem(ca_file),
-                server_name=settings.broker_name(broker_name, workload=identity.spiffe_id),
-                timeout=fetch_timeout,
-            )
-            source = self._source_over(servers)
-        self._source: Callable[[], _Source] = source
-
-    def staleness(self) -> timedelta | None:
-        """Return how old the key set at hand is, as its issuer and the time since tell; None where there is none."""
-        snapshot = self._cache.snapshot
-        return None if snapshot is None else snapshot.staleness(read_clocks())
-
-    @abstractmethod
-    def _source_over(self, servers: TrustServers) -> Callable[[], _Source]: ...
-
-    def _verify_known(self, unverified: UnverifiedToken, thumbprint: str | None, now: datetime | None) -> Claims | None:
-        """Return the claims, None where the key is not at hand. Raises `InvalidTokenError`."""
-        keys = self._cache.usable(read_clocks())
-        key = None if keys is None else keys.get(unverified.kid)
-        if key is None:
-            return None
-        return verify_parsed(
-            unverified,
-            key=key,
-            expectations=self._expectations,
-            peer_thumbprint=thumbprint,
-            now=datetime.now(UTC) if now is None else now,
-        )
-
-    def _usable(self) -> bool:
-        return self._cache.usable(read_clocks()) is not None
-
-    def _lost(self) -> KeySetUnavailableError:
-        """Return the error for a key that was there a moment ago, and went with a newer generation."""
-        return KeySetUnavailableError(self._cache.explain(read_clocks()))
-
-    def _check_open(self) -> None:
-        if self._closed:
-            msg = "the verifier is closed"
-            raise KeySetUnavailableError(msg)
-
-
-class Verifier(_Verification[KeySetSource]):
+class Verifier(Verification[KeySetSource]):
     """Verifies tokens for one audience, from any number of threads.
 
     `audience`, `issuer`, `trust` (the brokers' trust listeners, ``host:port``), `ca_file` and `broker_name` come from
@@ -146,17 +51,24 @@ class Verifier(_Verification[KeySetSource]):
 
     - `binding`: ``"certificate"`` accepts only tokens that are bound to the certificate of the caller; ``"none"`` also
       those that are bound to none, for services that cannot see the caller's certificate.
-    - `max_staleness` (5 min): how old the key set may be; `on_stale`: ``"refuse"``, or ``"accept"`` to go on with it.
+    - `mode`: ``"stream"`` has keys and revocations pushed, by a broker whose policy names this workload in the
+      `served_by` of the audience; ``"poll"`` asks for them; ``"keys"`` asks for keys and does not look at revocations.
+      Where a broker will not push, a verifier asks.
+    - `max_staleness` (5 min): how old keys and revocations may be; `on_stale`: ``"refuse"``, or ``"accept"`` to go on
+      with what there is.
     - `leeway` (30 s): how far ahead the issuer's clock may be.
     - `cooldown` (30 s): how often unknown keys are asked for, over all of them.
     - `fetch_timeout` (2 s): how long one fetch may take, and so how long `verify` may wait for an unknown key.
+    - `state_dir` (``CARNET_CACHE_DIR``, or none): a directory where what is known outlives the process, so that one
+      which starts while every broker is down can verify, until `max_staleness` is over. It must be this user's alone.
     - `source`: another place to get the key set from, made once in each process; then only `audience` and `issuer` are
-      needed.
+      needed, and `mode` is ``"keys"``.
 
     Raises `ConfigError` for what is missing or wrong. A context manager: at its end the verifier is closed.
     """
 
     _poller: KeySetPoller | None = None
+    _watcher: Watcher | None = None
 
     def verify(
         self,
@@ -164,47 +76,53 @@ class Verifier(_Verification[KeySetSource]):
         *,
         peer_certificate: bytes | x509.Certificate | None = None,
         now: datetime | None = None,
+        on_stale: OnStale | str | None = None,
     ) -> Claims:
         """Return what `token` says, or raise.
 
         `peer_certificate` is the leaf that the caller showed in TLS (DER, PEM or parsed). `now` is aware UTC, by
-        default the wall clock. Does not wait where the key is known; for an unknown key it waits at most
-        `fetch_timeout` for a fetch that all threads share.
+        default the wall clock; `on_stale` by default that of the verifier. Does not wait where the key is known; for an
+        unknown key it waits at most `fetch_timeout` for a fetch that all threads share.
 
         Raises `InvalidTokenError` (the token is not good), `KeySetUnavailableError` (it cannot be told), or
         `InvalidIdentityError` (`peer_certificate` is no certificate).
         """
         poller = self._running()
-        thumbprint = None if peer_certificate is None else certificate_thumbprint(peer_certificate)
+        peer = None if peer_certificate is None else parse_certificate(peer_certificate)
+        thumbprint = None if peer is None else certificate_thumbprint(peer)
+        choice = None if on_stale is None else self._on_stale(on_stale)
         unverified = parse_unverified(token)  # Once: a flood of unknown keys costs this and little more.
-        claims = self._verify_known(unverified, thumbprint, now)
+        claims = self._verify_known(unverified, peer, thumbprint, now, choice)
         if claims is None:
             poller.obtain(unverified.kid)
-            claims = self._verify_known(unverified, thumbprint, now)
+            claims = self._verify_known(unverified, peer, thumbprint, now, choice)
         if claims is None:
             raise self._lost()
         return claims
 
     def start(self) -> None:
-        """Start to fetch in the background now, rather than at the first use."""
+        """Start to learn in the background now, rather than at the first use."""
         self._running()
 
     def ready(self) -> bool:
-        """Say whether there is a key set that may decide. Starts to fetch where nothing did yet."""
+        """Say whether there is enough to decide with. Starts to learn where nothing did yet."""
         if self._closed:
             return False
         self._running()
         return self._usable()
 
     def wait_ready(self, timeout: timedelta = _READY_TIMEOUT) -> None:
-        """Return once there is a key set that may decide. Raises `KeySetUnavailableError` after `timeout`."""
+        """Return once there is enough to decide with. Raises `KeySetUnavailableError` after `timeout`."""
         self._running().wait_usable(timeout)
 
     def close(self) -> None:
-        """Stop fetching, for good: whatever is verified afterwards raises `KeySetUnavailableError`."""
+        """Take leave of the broker and stop, for good: what is verified afterwards raises `KeySetUnavailableError`."""
         self._closed = True
-        poller = self._poller
+        poller, watcher = self._poller, self._watcher
         if poller is not None and poller.belongs_here():
+            if watcher is not None:
+                watcher.stop()
+                watcher.join()
             poller.stop()
             poller.join()
 
@@ -217,8 +135,8 @@ class Verifier(_Verification[KeySetSource]):
     ) -> None:
         self.close()
 
-    def _source_over(self, servers: TrustServers) -> Callable[[], KeySetSource]:
-        return lambda: TrustServiceSource(servers)
+    def _changes_with(self, keeper: StateKeeper | None) -> Changes:
+        return Changes(self._state, keeper)
 
     def _running(self) -> KeySetPoller:
         self._check_open()
@@ -227,20 +145,40 @@ class Verifier(_Verification[KeySetSource]):
             return poller
         with _starting:
             if self._poller is None or not self._poller.belongs_here():
-                _inherited.add(self._poller)
-                self._poller = KeySetPoller(self._cache, self._source(), timeout=self._fetch_timeout)
-                # The thread does not hold the verifier: one that is dropped without close() ends its thread too.
-                weakref.finalize(self, self._poller.stop)
+                _inherited.add(self._poller, self._watcher)
+                self._poller, self._watcher = self._made()
+                # The threads do not hold the verifier: one that is dropped without close() ends its threads too.
+                weakref.finalize(self, (self._watcher or self._poller).stop)
             return self._poller
 
+    def _made(self) -> tuple[KeySetPoller, Watcher | None]:
+        timeout, servers = self._fetch_timeout, self._servers
+        if servers is None:
+            assert self._source is not None  # noqa: S101 - for the type checker: there is one or the other
+            return KeySetPoller(self._state, self._source(), timeout=timeout, changed=self._changes), None
+        channels = TrustChannels(servers)
+        source = TrustServiceSource(servers, channels)
+        poller = KeySetPoller(
+            self._state,
+            source,
+            timeout=timeout,
+            revocations=None if self._mode is Mode.KEYS else source,
+            changed=self._changes,
+            awaits_push=self._mode is Mode.STREAM,
+        )
+        if self._mode is not Mode.STREAM:
+            return poller, None
+        return poller, Watcher(poller, servers, channels, audience=self._expectations.audience, choices=self._choices)
 
-class AsyncVerifier(_Verification[AsyncKeySetSource]):
+
+class AsyncVerifier(Verification[AsyncKeySetSource]):
     """Verifies tokens for one audience, in one event loop. Has the settings of `Verifier`.
 
     An asynchronous context manager: at its end the verifier is closed.
     """
 
     _poller: AsyncKeySetPoller | None = None
+    _watcher: AsyncWatcher | None = None
 
     async def verify(
         self,
@@ -248,39 +186,45 @@ class AsyncVerifier(_Verification[AsyncKeySetSource]):
         *,
         peer_certificate: bytes | x509.Certificate | None = None,
         now: datetime | None = None,
+        on_stale: OnStale | str | None = None,
     ) -> Claims:
         """Do what `Verifier.verify` does; waiting for an unknown key holds up this task only."""
         poller = self._running()
-        thumbprint = None if peer_certificate is None else certificate_thumbprint(peer_certificate)
+        peer = None if peer_certificate is None else parse_certificate(peer_certificate)
+        thumbprint = None if peer is None else certificate_thumbprint(peer)
+        choice = None if on_stale is None else self._on_stale(on_stale)
         unverified = parse_unverified(token)  # Once: a flood of unknown keys costs this and little more.
-        claims = self._verify_known(unverified, thumbprint, now)
+        claims = self._verify_known(unverified, peer, thumbprint, now, choice)
         if claims is None:
             await poller.obtain(unverified.kid)
-            claims = self._verify_known(unverified, thumbprint, now)
+            claims = self._verify_known(unverified, peer, thumbprint, now, choice)
         if claims is None:
             raise self._lost()
         return claims
 
     def start(self) -> None:
-        """Start to fetch in the background now, in the running event loop."""
+        """Start to learn in the background now, in the running event loop."""
         self._running()
 
     def ready(self) -> bool:
-        """Say whether there is a key set that may decide. Starts to fetch where nothing did yet."""
+        """Say whether there is enough to decide with. Starts to learn where nothing did yet."""
         if self._closed:
             return False
         self._running()
         return self._usable()
 
     async def wait_ready(self, timeout: timedelta = _READY_TIMEOUT) -> None:  # noqa: ASYNC109 - as in `Verifier`
-        """Return once there is a key set that may decide. Raises `KeySetUnavailableError` after `timeout`."""
+        """Return once there is enough to decide with. Raises `KeySetUnavailableError` after `timeout`."""
         await self._running().wait_usable(timeout)
 
     async def close(self) -> None:
-        """Stop fetching, for good: whatever is verified afterwards raises `KeySetUnavailableError`."""
+        """Take leave of the broker and stop, for good: what is verified afterwards raises `KeySetUnavailableError`."""
         self._closed = True
-        poller = self._poller
+        poller, watcher = self._poller, self._watcher
         if poller is not None and poller.belongs_here():
+            if watcher is not None:
+                watcher.stop()
+                await watcher.join()
             poller.stop()
             await poller.join()
 
@@ -293,8 +237,8 @@ class AsyncVerifier(_Verification[AsyncKeySetSource]):
     ) -> None:
         await self.close()
 
-    def _source_over(self, servers: TrustServers) -> Callable[[], AsyncKeySetSource]:
-        return lambda: AsyncTrustServiceSource(servers)
+    def _changes_with(self, keeper: StateKeeper | None) -> Changes:
+        return AsyncChanges(self._state, keeper)
 
     def _running(self) -> AsyncKeySetPoller:
         self._check_open()
@@ -304,29 +248,42 @@ class AsyncVerifier(_Verification[AsyncKeySetSource]):
         if poller is not None and poller.runs_elsewhere():
             msg = "an AsyncVerifier belongs to one event loop: make another one for this loop"
             raise RuntimeError(msg)
-        _inherited.add(poller)
-        self._poller = AsyncKeySetPoller(self._cache, self._source(), timeout=self._fetch_timeout)
-        weakref.finalize(self, self._poller.stop)
+        _inherited.add(poller, self._watcher)
+        self._poller, self._watcher = self._made()
+        weakref.finalize(self, (self._watcher or self._poller).stop)
         return self._poller
 
-
-def _choose(kind: type[_Choice], name: str, value: str) -> _Choice:
-    try:
-        return kind(value)
-    except ValueError:
-        msg = f"{name} is {str(value)[:40]!r}: give {' or '.join(repr(str(choice)) for choice in kind)}"
-        raise ConfigError(msg) from None
+    def _made(self) -> tuple[AsyncKeySetPoller, AsyncWatcher | None]:
+        timeout, servers = self._fetch_timeout, self._servers
+        if servers is None:
+            assert self._source is not None  # noqa: S101 - as in `Verifier`
+            return AsyncKeySetPoller(self._state, self._source(), timeout=timeout, changed=self._changes), None
+        channels = AsyncTrustChannels(servers)
+        source = AsyncTrustServiceSource(servers, channels)
+        poller = AsyncKeySetPoller(
+            self._state,
+            source,
+            timeout=timeout,
+            revocations=None if self._mode is Mode.KEYS else source,
+            changed=self._changes,
+            awaits_push=self._mode is Mode.STREAM,
+        )
+        if self._mode is not Mode.STREAM:
+            return poller, None
+        return poller, AsyncWatcher(
+            poller, servers, channels, audience=self._expectations.audience, choices=self._choices
+        )
 
 
 class _Inherited:
     """Pollers of the process before the fork. Kept: to let go of their channels calls into a gRPC without threads."""
 
     def __init__(self) -> None:
-        self._kept: list[KeySetPoller | AsyncKeySetPoller] = []
+        self._kept: list[object] = []
 
-    def add(self, poller: KeySetPoller | AsyncKeySetPoller | None) -> None:
+    def add(self, poller: KeySetPoller | AsyncKeySetPoller | None, watcher: Watcher | AsyncWatcher | None) -> None:
         if poller is not None and poller.pid != os.getpid():
-            self._kept.append(poller)
+            self._kept.append((poller, watcher))
 
 
 _inherited = _Inherited()

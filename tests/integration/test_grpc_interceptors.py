@@ -249,6 +249,7 @@ def test_each_method_has_its_own_rule_and_one_without_a_rule_is_open_to_nobody(s
 def test_a_service_without_keys_cannot_tell_and_says_when_to_try_again(stack: str, scene: Scene):
     """UNAVAILABLE and not UNAUTHENTICATED: the caller's token may be good."""
     scene.broker.trust_faults.unavailable()
+    scene.broker.watch_faults.unavailable()
     with serve(stack, scene.ca, CHARGE, scene.verifier) as target, scene.channel(target) as channel:
         for kind in KINDS:
             with pytest.raises(grpc.RpcError) as refused:

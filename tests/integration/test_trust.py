@@ -96,6 +96,7 @@ def _scene(tmp_path: Path) -> Iterator[Scene]:
             "trust": broker.target,
             "identity": payments,
             "ca_file": tmp_path / "ca.pem",
+            "mode": "poll",  # What is pushed is in test_verifier_stream.py.
         }
         yield Scene(broker, _identity(ca, ORDERS), payments, settings)
 
@@ -633,13 +634,14 @@ from pathlib import Path
 from carnet.trust import Verifier
 
 token, leaf = sys.argv[1], Path(sys.argv[2]).read_bytes()
-verifier = Verifier()
+verifier = Verifier(mode=sys.argv[4])
 if sys.argv[3] == "after":
     verifier.verify(token, peer_certificate=leaf)
 child = os.fork()
 if child == 0:
     verifier.verify(token, peer_certificate=leaf)
-    assert [thread.name for thread in threading.enumerate()].count("carnet-key-set") == 1
+    threads = [thread.name for thread in threading.enumerate()]
+    assert [threads.count("carnet-key-set"), threads.count("carnet-watch")] == [1, int(sys.argv[4] == "stream")]
     sys.exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 verifier.verify(token, peer_certificate=leaf)
@@ -647,8 +649,9 @@ verifier.close()
 """
 
 
+@pytest.mark.parametrize("mode", ["poll", "stream"])
 @pytest.mark.parametrize("first_use", ["before", "after"])
-def test_a_child_process_has_a_thread_of_its_own(first_use: str, tmp_path: Path, scene: Scene):
+def test_a_child_process_has_a_thread_of_its_own(first_use: str, mode: str, tmp_path: Path, scene: Scene):
     """gunicorn: a verifier that was made, or even used, before the fork verifies in parent and child; both end."""
     (tmp_path / "leaf.pem").write_bytes(scene.orders.certificate_chain_pem)
     (tmp_path / "own.pem").write_bytes(scene.payments.certificate_chain_pem)
@@ -661,10 +664,11 @@ def test_a_child_process_has_a_thread_of_its_own(first_use: str, tmp_path: Path,
         "CARNET_CERT_FILE": str(tmp_path / "own.pem"),
         "CARNET_KEY_FILE": str(tmp_path / "own-key.pem"),
         "PYTHONPATH": ":".join(sys.path),
+        "GRPC_ENABLE_FORK_SUPPORT": "1",
     }
     token = scene.token()
     run = subprocess.run(
-        [sys.executable, "-c", _FORK, token, str(tmp_path / "leaf.pem"), first_use],
+        [sys.executable, "-c", _FORK, token, str(tmp_path / "leaf.pem"), first_use, mode],
         env=environment,
         capture_output=True,
         text=True,

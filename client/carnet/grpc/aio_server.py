@@ -42,9 +42,13 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self._verifier = verifier
         self._guard = Guard(rules, stream=stream)
+        if self._guard.accepts_stale:
+            verifier.will_accept_stale()
         self._refusals = RefusalLog()
         # Held until they are done: the event loop itself does not hold its tasks.
         self._ending: set[asyncio.Task[None]] = set()
+        self._streams: set[_Stream] = set()
+        verifier.on_revocation(self._look_again)
 
     async def intercept_service(
         self,
@@ -72,8 +76,8 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
             CALLER.set(admitted.claims)  # The task of the call has a context of its own.
             if not streaming:
                 return await behavior(argument, context)
-            with self._cut_off(admitted, context):
-                return await _until_end(behavior(argument, context), admitted, context)
+            with self._open(admitted, context) as stream:
+                return await stream.until_end(behavior(argument, context))
 
         return respond
 
@@ -84,9 +88,9 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
             admitted = await self._admit_or_abort(method, context)
             CALLER.set(admitted.claims)
             messages = behavior(argument, context)
-            with self._cut_off(admitted, context):
+            with self._open(admitted, context) as stream:
                 async with contextlib.aclosing(messages):
-                    while (message := await _until_end(anext(messages, _END), admitted, context)) is not _END:
+                    while (message := await stream.until_end(anext(messages, _END))) is not _END:
                         yield message
 
         return respond
@@ -117,49 +121,82 @@ class AsyncServerInterceptor(grpc.aio.ServerInterceptor):
             metadata = cast("Sequence[tuple[str, str | bytes]]", context.invocation_metadata())
             presented = self._guard.presented(metadata, peer, now=datetime.now(UTC))
             try:
-                claims = await self._verifier.verify(presented.token, peer_certificate=presented.certificate)
+                claims = await self._verifier.verify(
+                    presented.token, peer_certificate=presented.certificate, on_stale=self._guard.on_stale(method)
+                )
             except (InvalidTokenError, KeySetUnavailableError) as error:
                 raise refused_by(error) from error
-            return self._guard.admit(method, claims, presented)
+            return self._guard.admit(method, claims, presented, self._verifier)
         except RefusedError as refused:
             self._refusals.refused(method, describe_peer(peer), refused)
             return refused.refusal
 
     @contextlib.contextmanager
-    def _cut_off(self, admitted: Admitted, context: _Context) -> Iterator[None]:
-        """End the call shortly after the caller's right ended, should it still be there: writing, and nobody reads."""
-        left = admitted.seconds_left(datetime.now(UTC))
-        if left is None:
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        call = cast("asyncio.Task[Any]", asyncio.current_task())
-
-        def end() -> None:
-            # From a task of its own: a call that is cancelled sends no status, and this one waits for the reader.
-            self._ending.add(ending := loop.create_task(_send(context, Refusal.TOKEN_ENDED)))
-            ending.add_done_callback(self._ending.discard)
-            loop.call_soon(call.cancel)
-
-        timer = loop.call_later(left + _GRACE, end)
+    def _open(self, admitted: Admitted, context: _Context) -> Iterator[_Stream]:
+        """Look after a stream while it is open."""
+        stream = _Stream(admitted, context, self._ending)
+        self._streams.add(stream)
         try:
-            yield
+            yield stream
         finally:
-            timer.cancel()
+            self._streams.discard(stream)
+            stream.closed()
+
+    def _look_again(self) -> None:
+        """End the streams whose right was revoked. Called by the verifier after each change, in the event loop."""
+        for stream in list(self._streams):
+            stream.look_again()
 
 
-async def _until_end(step: Awaitable[Any], admitted: Admitted, context: _Context) -> Any:  # noqa: ANN401 - as above
-    """Return what `step` returns; end the call when the caller's right ends first."""
-    try:
-        async with asyncio.timeout(admitted.seconds_left(datetime.now(UTC))) as limit:
-            result = await step
-    except TimeoutError:
-        if not limit.expired():  # The handler's own.
-            raise
-        await _abort(context, Refusal.TOKEN_ENDED)
-    if admitted.is_over(datetime.now(UTC)):  # Timers stand still while a laptop sleeps.
-        await _abort(context, Refusal.TOKEN_ENDED)
-    return result
+class _Stream:
+    """A call that is looked after: it ends when the right of its caller does, whatever it is waiting for."""
+
+    def __init__(self, admitted: Admitted, context: _Context, ending: set[asyncio.Task[None]]) -> None:
+        self._admitted = admitted
+        self._context = context
+        self._ending = ending
+        self._loop = asyncio.get_running_loop()
+        self._call = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._limit: asyncio.Timeout | None = None
+        left = admitted.seconds_left(datetime.now(UTC))
+        # Cut off shortly after the end, should the call still be there: writing, and nobody reads.
+        self._timer = None if left is None else self._loop.call_later(left + _GRACE, self._cut_off)
+
+    async def until_end(self, step: Awaitable[Any]) -> Any:  # noqa: ANN401 - what the service speaks
+        """Return what `step` returns; end the call when the caller's right ends first."""
+        try:
+            async with asyncio.timeout(self._admitted.seconds_left(datetime.now(UTC))) as limit:
+                self._limit = limit
+                result = await step
+        except TimeoutError:
+            if not limit.expired():  # The handler's own.
+                raise
+            await _abort(self._context, Refusal.TOKEN_ENDED)
+        finally:
+            self._limit = None
+        if self._admitted.is_over(datetime.now(UTC)):  # Timers stand still while a laptop sleeps.
+            await _abort(self._context, Refusal.TOKEN_ENDED)
+        return result
+
+    def look_again(self) -> None:
+        """End the call if its right was revoked."""
+        if self._timer is None or not self._admitted.revoked():  # No timer: open by choice.
+            return
+        self._timer.cancel()
+        self._timer = self._loop.call_later(_GRACE, self._cut_off)
+        if self._limit is not None:
+            self._limit.reschedule(self._loop.time())
+
+    def closed(self) -> None:
+        """Stop looking after it."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _cut_off(self) -> None:
+        # From a task of its own: a call that is cancelled sends no status, and this one waits for the reader.
+        self._ending.add(ending := self._loop.create_task(_send(self._context, Refusal.TOKEN_ENDED)))
+        ending.add_done_callback(self._ending.discard)
+        self._loop.call_soon(self._call.cancel)
 
 
 async def _send(context: _Context, refusal: Refusal) -> None:

@@ -6,12 +6,12 @@ window at this moment (an open or resumed connection outlives it); the verifier;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from cryptography import x509
 
@@ -19,10 +19,11 @@ from carnet.claims import Claims
 from carnet.errors import ConfigError, InvalidIdentityError
 from carnet.grpc.refusals import Refusal, RefusedError
 from carnet.grpc.rules import Rule, parse_rules
+from carnet.keysets import OnStale
 from carnet.spiffe import spiffe_id_of_certificate
 from carnet.verify import MAX_TOKEN_BYTES
 
-__all__ = ["Admitted", "AuthContext", "Guard", "Presented", "StreamEnd", "describe_peer"]
+__all__ = ["Admitted", "AuthContext", "Guard", "Presented", "Revoking", "StreamEnd", "describe_peer"]
 
 _TLS_1_3: Final = b"TLSv1.3"
 _SCHEME: Final = "bearer "
@@ -40,7 +41,7 @@ class StreamEnd(StrEnum):
     """How long a stream of calls may go on."""
 
     TOKEN = "token"  # noqa: S105 - no secret
-    """Until its token or the certificate of the caller ends."""
+    """Until its token or the certificate of the caller ends, or one of them is revoked."""
     OPEN = "open"
     """Until either side ends it, by explicit choice: the right to call is checked at the start only."""
 
@@ -54,6 +55,39 @@ class Presented:
     """The leaf of the caller, None where TLS asked for none."""
 
 
+class Revoking(Protocol):
+    """What a guard needs of a verifier to end streams: `Verifier` and `AsyncVerifier` have it."""
+
+    @property
+    def revision(self) -> int:
+        """Grows with each change of the revocations."""
+
+    def is_revoked(self, claims: Claims, *, peer_certificate: x509.Certificate | None = None) -> bool:
+        """Say whether a token that was verified has been revoked meanwhile."""
+
+
+class _Revoked:
+    """Says whether the right behind one call was taken away. Looks again only when revocations changed."""
+
+    def __init__(self, verifier: Revoking, claims: Claims, certificate: x509.Certificate | None) -> None:
+        self._verifier = verifier
+        self._claims = claims
+        self._certificate = certificate
+        self._seen = -1  # Not that of now: something may have changed since the token was verified.
+        self._revoked = False
+
+    def __call__(self) -> bool:
+        revision = self._verifier.revision
+        if revision != self._seen:
+            self._revoked = self._revoked or self._verifier.is_revoked(self._claims, peer_certificate=self._certificate)
+            self._seen = revision
+        return self._revoked
+
+
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A call that may go on."""
@@ -61,10 +95,12 @@ class Admitted:
     claims: Claims
     ends_at: datetime | None
     """When the right to go on ends, None where it does not."""
+    revoked: Callable[[], bool] = _never
+    """Says whether the right was taken away meanwhile. Cheap: it looks only at what changed since the last time."""
 
     def is_over(self, now: datetime) -> bool:
         """Say whether the right to go on has ended."""
-        return self.ends_at is not None and now >= self.ends_at
+        return (self.ends_at is not None and now >= self.ends_at) or self.revoked()
 
     def seconds_left(self, now: datetime) -> float | None:
         """Return for how long the call may still go on, None for ever."""
@@ -94,6 +130,16 @@ class Guard:
         rule = self._rules.get(method)
         return rule is None or rule.token
 
+    def on_stale(self, method: str) -> OnStale | None:
+        """Return what `method` does with keys and revocations that are too old; None leaves it to the verifier."""
+        rule = self._rules.get(method)
+        return None if rule is None else rule.on_stale
+
+    @property
+    def accepts_stale(self) -> bool:
+        """Whether any method goes on with keys and revocations that are too old."""
+        return any(rule.on_stale is OnStale.ACCEPT for rule in self._rules.values())
+
     def presented(
         self,
         metadata: Sequence[tuple[str, str | bytes]],
@@ -104,8 +150,8 @@ class Guard:
         """Return what the caller shows. Raises `RefusedError`."""
         return Presented(_bearer_token(metadata), _peer_certificate(peer, now))
 
-    def admit(self, method: str, claims: Claims, presented: Presented) -> Admitted:
-        """Return what a verified caller may do. Raises `RefusedError`."""
+    def admit(self, method: str, claims: Claims, presented: Presented, verifier: Revoking) -> Admitted:
+        """Return what a caller that `verifier` has verified may do. Raises `RefusedError`."""
         rule = self._rules.get(method)
         if rule is None:
             text = f"the method has no rule, so nobody may call it (the caller was {claims.subject})"
@@ -116,9 +162,10 @@ class Guard:
             raise RefusedError(Refusal.INSUFFICIENT_SCOPE, text)
         if self._stream is StreamEnd.OPEN:
             return Admitted(claims, None)
+        revoked = _Revoked(verifier, claims, presented.certificate)
         if presented.certificate is None:
-            return Admitted(claims, claims.expires_at)
-        return Admitted(claims, min(claims.expires_at, presented.certificate.not_valid_after_utc))
+            return Admitted(claims, claims.expires_at, revoked)
+        return Admitted(claims, min(claims.expires_at, presented.certificate.not_valid_after_utc), revoked)
 
 
 def describe_peer(peer: AuthContext) -> str:

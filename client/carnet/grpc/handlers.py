@@ -126,7 +126,10 @@ def _check_right(admitted: Admitted, context: grpc.ServicerContext) -> None:
 
 
 class StreamEnder:
-    """Cuts off streams whose right has ended while nothing passes on them. Has one daemon thread, once needed."""
+    """Cuts off streams whose right has ended, or was revoked, while nothing passes on them.
+
+    Has one daemon thread, once needed.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -8,7 +8,8 @@ bound to another            UNAUTHENTICATED    WRONG_CONFIRMATION
   certificate
 any other bad token         UNAUTHENTICATED    INVALID_TOKEN
 the token or certificate    UNAUTHENTICATED    TOKEN_ENDED
-  of a stream ended
+  of a stream ended,
+  or was revoked
 a scope is missing          PERMISSION_DENIED  INSUFFICIENT_SCOPE
 the method has no rule      PERMISSION_DENIED  NO_RULE
 no key set to decide with   UNAVAILABLE        KEY_SET_UNAVAILABLE

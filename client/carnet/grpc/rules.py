@@ -9,6 +9,7 @@ from typing import Final
 
 from carnet.claims import is_scope_token
 from carnet.errors import ConfigError
+from carnet.keysets import OnStale
 
 __all__ = ["Rule", "allow_any_scope", "allow_unauthenticated", "parse_rules", "require"]
 
@@ -23,10 +24,16 @@ class Rule:
     """All of them must be in the token."""
     token: bool
     """Whether a token is asked for at all."""
+    on_stale: OnStale | None = None
+    """What to do when keys and revocations are too old to decide with; None leaves it to the verifier."""
 
 
-def require(*, scopes: Collection[str]) -> Rule:
-    """Return the rule that the caller's token must hold all of `scopes`. Raises `ConfigError` for none, or no scope."""
+def require(*, scopes: Collection[str], on_stale: OnStale | str | None = None) -> Rule:
+    """Return the rule that the caller's token must hold all of `scopes`. Raises `ConfigError` for none, or no scope.
+
+    `on_stale`: ``"accept"`` goes on with keys and revocations that are too old, ``"refuse"`` does not; by default the
+    verifier decides.
+    """
     if isinstance(scopes, str) or not scopes:  # A text is a collection too, of its letters.
         msg = "require(scopes=...) needs a list of at least one scope; where any will do, say allow_any_scope()"
         raise ConfigError(msg)
@@ -34,12 +41,12 @@ def require(*, scopes: Collection[str]) -> Rule:
         if not is_scope_token(scope):
             msg = f"{scope!r} is not a scope: 1 to 128 printable ASCII signs without space, quote and backslash"
             raise ConfigError(msg)
-    return Rule(frozenset(scopes), token=True)
+    return Rule(frozenset(scopes), token=True, on_stale=_parsed(on_stale))
 
 
-def allow_any_scope() -> Rule:
-    """Return the rule that any good token for this service will do."""
-    return Rule(frozenset(), token=True)
+def allow_any_scope(*, on_stale: OnStale | str | None = None) -> Rule:
+    """Return the rule that any good token for this service will do. `on_stale` as in `require`."""
+    return Rule(frozenset(), token=True, on_stale=_parsed(on_stale))
 
 
 def allow_unauthenticated() -> Rule:
@@ -54,3 +61,11 @@ def parse_rules(rules: Mapping[str, Rule]) -> dict[str, Rule]:
             msg = f"{method!r} is not a method: write it as /package.Service/Method"
             raise ConfigError(msg)
     return dict(rules)
+
+
+def _parsed(on_stale: OnStale | str | None) -> OnStale | None:
+    try:
+        return None if on_stale is None else OnStale(on_stale)
+    except ValueError:
+        msg = f"on_stale is {str(on_stale)[:40]!r}: give 'refuse' or 'accept'"
+        raise ConfigError(msg) from None

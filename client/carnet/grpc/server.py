@@ -33,8 +33,9 @@ class ServerInterceptor(grpc.ServerInterceptor):
     A method without a rule is refused to everybody. The server must ask for client certificates
     (``require_client_auth=True``), unless the verifier was made with ``binding="none"``. In the handler
     `carnet.current()` returns the claims of the caller. `stream` says when streams end: ``"token"`` with the token or
-    the caller's certificate, ``"open"`` never. What a refused caller sees is in `carnet.grpc.refusals`; the reason goes
-    to the log ``carnet.grpc``, ten lines a second for each caller. Raises `ConfigError` for rules that make no sense.
+    the caller's certificate, also when one of them is revoked, ``"open"`` never. What a refused caller sees is in
+    `carnet.grpc.refusals`; the reason goes to the log ``carnet.grpc``, ten lines a second for each caller. Raises
+    `ConfigError` for rules that make no sense.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class ServerInterceptor(grpc.ServerInterceptor):
     ) -> None:
         self._verifier = verifier
         self._guard = Guard(rules, stream=stream)
+        if self._guard.accepts_stale:
+            verifier.will_accept_stale()
         self._refusals = RefusalLog()
         self._ender = StreamEnder()
 
@@ -66,10 +69,12 @@ class ServerInterceptor(grpc.ServerInterceptor):
         try:
             presented = self._guard.presented(context.invocation_metadata(), peer, now=datetime.now(UTC))
             try:
-                claims = self._verifier.verify(presented.token, peer_certificate=presented.certificate)
+                claims = self._verifier.verify(
+                    presented.token, peer_certificate=presented.certificate, on_stale=self._guard.on_stale(method)
+                )
             except (InvalidTokenError, KeySetUnavailableError) as error:
                 raise refused_by(error) from error
-            return self._guard.admit(method, claims, presented)
+            return self._guard.admit(method, claims, presented, self._verifier)
         except RefusedError as refused:
             self._refusals.refused(method, describe_peer(peer), refused)
             refuse(context, refused.refusal)

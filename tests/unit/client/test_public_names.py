@@ -20,6 +20,7 @@ PUBLIC = [
     "Identity",
     "InvalidIdentityError",
     "InvalidKeySetError",
+    "InvalidRevocationError",
     "InvalidTokenError",
     "InvalidTokenReason",
     "KeySetUnavailableError",
@@ -28,6 +29,7 @@ PUBLIC = [
     "Token",
     "TokenError",
     "Verifier",
+    "VerifierStatus",
     "current",
 ]
 
