@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
@@ -16,6 +16,7 @@ from carnet_broker.core.requests import RequestKind, RequestStatus
 from carnet_broker.edges.vault import RotationClient
 from support.commands import Ended, one_line, run_command, vault_environment
 from support.forking import Forking, forking
+from support.lying_vault import Received
 from support.running_broker import POLICY, QUICK, RunningBroker, start_broker
 from support.vault import VaultPlace, prepare
 from support.vault_proxy import proxy_before
@@ -128,16 +129,24 @@ def test_rotate_if_older_than_does_nothing_while_the_key_is_young(quick):
 
 
 def test_rotate_goes_on_waiting_through_an_outage_of_vault(quick):
-    """For a second Vault hangs up on the command: the request stands, and so does the command."""
+    """For a second Vault hangs up on the command, from its first question for the result: the request stands, and so
+    does the command.
+    """
+    asked: list[float] = []
     with proxy_before(quick.place.server) as proxy:
-        away = threading.Timer(0.8, lambda: proxy.lie(proxy.hang_up))
-        back = threading.Timer(1.8, proxy.be_honest)
-        for timer in (away, back):
-            timer.start()
+
+        def away_for_a_second(received: Received, send: Callable[[bytes], None]) -> None:
+            now = time.monotonic()
+            if "/results/" in received.path:
+                asked.append(now)
+            if asked and now - asked[0] < 1:
+                proxy.hang_up(received, send)
+            proxy.forward(received, send)
+
+        proxy.otherwise = away_for_a_second
         ended = keys(quick.place, "rotate", "--wait", "--timeout", "20s", VAULT_ADDR=proxy.address)
-        for timer in (away, back):
-            timer.join()
     assert (0, True) == (ended.code, ended.out.startswith("done: key ")), ended
+    assert asked[-1] - asked[0] >= 1
 
 
 def test_rotate_too_soon_is_refused_with_3(unhurried):
