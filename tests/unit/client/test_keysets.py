@@ -9,12 +9,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from carnet.errors import ConfigError, InvalidKeySetError
 from carnet.jwk import KeySet, PublicJWK
 from carnet.keysets import (
+    Freshness,
     KeySetCache,
     KeySetRules,
     KeySetSnapshot,
     Knowledge,
     Moment,
     OnStale,
+    Supply,
     Verdict,
     decide,
 )
@@ -365,3 +367,94 @@ def test_a_memory_of_nothing_is_refused():
     """The bound on absent keys is at least one."""
     with pytest.raises(ConfigError, match="max_absent"):
         KeySetRules(max_absent=0)
+
+
+# -- pushed, and revocations beside the keys ---------------------------------------------------------------------------
+
+
+def test_while_a_stream_is_opened_for_the_first_time_whoever_asks_waits_for_it():
+    """Nothing is fetched then; once the stream failed, fetches are due; while it is open, none is."""
+    cache = KeySetCache(RULES, issuer=ISSUER)
+    for supply, verdict in (
+        (Supply.AWAIT, Verdict.WAIT),
+        (Supply.PUSH, Verdict.CANNOT_TELL),
+        (Supply.POLL, Verdict.ASK),
+    ):
+        cache.supply = supply
+        assert verdict is cache.verdict(KEYS[0].kid, at(0))
+
+
+def test_a_missing_key_is_asked_for_while_a_stream_is_open_too():
+    """With the cooldown and the memory of what is absent that hold for polls; a push clears the memory."""
+    cache = KeySetCache(RULES, issuer=ISSUER)
+    cache.supply = Supply.PUSH
+    cache.load(snapshot(KEYS[0]))
+    assert Verdict.ASK is cache.verdict(KEYS[1].kid, at(1))
+    refresh(cache, snapshot(KEYS[0]), 1, kid=KEYS[1].kid)
+    assert Verdict.NO is cache.verdict(KEYS[1].kid, at(2))
+    assert Verdict.CANNOT_TELL is cache.verdict(KEYS[2].kid, at(2))
+    cache.load(snapshot(KEYS[0]))
+    assert Verdict.CANNOT_TELL is cache.verdict(KEYS[1].kid, at(3)), "unknown again, and cooling"
+    assert Verdict.ASK is cache.verdict(KEYS[1].kid, at(31))
+
+
+def test_a_pushed_set_obeys_the_rules_of_a_fetched_one():
+    """No lower generation, but in a new epoch; no other issuer, ever."""
+    cache = loaded(generation=5)
+    for wrong in (snapshot(generation=4), snapshot(generation=6, issuer="https://tokens.staging.example")):
+        with pytest.raises(InvalidKeySetError):
+            cache.load(wrong)
+    assert 5 == cache.generation
+    cache.load(snapshot(generation=4), new_epoch=True)
+    assert 4 == cache.generation
+
+
+def test_a_confirmation_makes_a_set_fresher_and_never_older():
+    """Without a set there is nothing to confirm."""
+    cache = KeySetCache(RULES, issuer=ISSUER)
+    cache.confirm(Freshness(timedelta(), at(0)), at(0))
+    assert None is cache.staleness(at(0))
+    cache.load(snapshot(asked=0))
+    cache.confirm(Freshness(timedelta(seconds=1), at(50)), at(50))
+    assert timedelta(seconds=1) == cache.staleness(at(50))
+    cache.confirm(Freshness(timedelta(seconds=9), at(50)), at(50))
+    assert timedelta(seconds=1) == cache.staleness(at(50))
+
+
+def test_whoever_follows_revocations_decides_nothing_without_them():
+    """Not even by choice: they were never told. Afterwards the staler half counts, unless stale is accepted."""
+    cache = KeySetCache(RULES, issuer=ISSUER, follows_revocations=True)
+    cache.load(snapshot(KEYS[0], asked=100))
+    assert (None, None) == (cache.usable(at(100)), cache.usable(at(100), on_stale=OnStale.ACCEPT))
+    assert f"the revocations of {ISSUER} could not be had yet: no answer" in cache.explain(at(100))
+    cache.told_revocations(Freshness(timedelta(), at(0)), at(100))
+    assert cache.usable(at(300)) is not None
+    assert None is cache.usable(at(301))
+    assert cache.usable(at(301), on_stale=OnStale.ACCEPT) is not None
+    assert timedelta(seconds=301) == cache.staleness(at(301))
+    cache.lost("the broker is gone")
+    assert "the knowledge of revocations of" in cache.explain(at(301))
+    assert "is 301 s old, over the limit of 300 s, and no newer one could be had: the broker is gone" in cache.explain(
+        at(301)
+    )
+    cache.told_revocations(Freshness(timedelta(), at(300)), at(301))
+    cache.told_revocations(Freshness(timedelta(), at(200)), at(301))
+    assert timedelta(seconds=201) == cache.staleness(at(301)), "that of the keys"
+
+
+def test_who_accepts_what_is_stale_can_still_refuse_it_for_one_call():
+    """The choice of a call goes before that of the verifier."""
+    cache = loaded(KeySetRules(on_stale=OnStale.ACCEPT))
+    assert cache.usable(at(1000)) is not None
+    assert None is cache.usable(at(1000), on_stale=OnStale.REFUSE)
+
+
+def test_a_set_without_the_rest_of_the_answer_is_loaded_and_asked_for_again_soon():
+    """The keys are there, the revocations were not: the next question follows as after a failure."""
+    cache = KeySetCache(RULES, issuer=ISSUER)
+    cache.begin(at(0))
+    cache.succeed(snapshot(KEYS[0]), at(0), jitter=1, incomplete="no revocations")
+    assert (KEYS[0], timedelta(seconds=1)) == (cache.usable(at(0)).get(KEYS[0].kid), cache.due_in(at(0)))
+    cache.begin(at(1))
+    cache.succeed(snapshot(KEYS[0], asked=1), at(1), jitter=1, incomplete="no revocations")
+    assert timedelta(seconds=2) == cache.due_in(at(1))
