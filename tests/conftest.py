@@ -8,4 +8,4 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # `make pytest` has the workers measured by coverage. What a test starts is not: it would be slower, and say little.
     os.environ.pop("COVERAGE_PROCESS_START", None)
 
-pytest_plugins = ["support.postgres", "support.vault"]
+pytest_plugins = ["support.postgres", "support.store_places", "support.vault"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +24,6 @@ from carnet_broker.ports import (
 from support.store_places import (
     ALICE,
     BOB,
-    FakePlace,
-    PostgresPlace,
-    SqlitePlace,
     StorePlace,
     joined,
     report,
@@ -38,18 +34,10 @@ SECOND = timedelta(seconds=1)
 HOUR = timedelta(hours=1)
 
 
-@pytest.fixture(params=["fake", "sqlite", "postgresql"], name="place")
-def _place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StorePlace]:
+@pytest.fixture(name="place")
+def _place(store_place: StorePlace) -> StorePlace:
     """An empty store of each kind."""
-    place: StorePlace
-    if request.param == "fake":
-        place = FakePlace()
-    elif request.param == "sqlite":
-        place = SqlitePlace(tmp_path)
-    else:
-        place = PostgresPlace(request.getfixturevalue("postgres"))
-    yield place
-    place.close()
+    return store_place
 
 
 def chain(digest: bytes, entries: Sequence[Revocation]) -> bytes:

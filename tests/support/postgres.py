@@ -32,19 +32,19 @@ class Postgres:
 
     def __init__(self, directory: Path) -> None:
         """Start it. `directory` has a short path: the path of a socket has at most 107 bytes."""
-        self._directory = directory
+        self.directory = directory
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # See above; and files that it leaves to the collector.
             self._server = get_server(directory, cleanup_mode="stop")
 
     def url(self, database: str) -> str:
         """Return the address of `database` for `open_store`."""
-        return f"postgresql://postgres@/{database}?host={self._directory}"
+        return f"postgresql://postgres@/{database}?host={self.directory}"
 
     def create_database(self, template: str | None = None) -> str:
         """Make a database, empty or as a copy of `template`, which nobody may be using; return its name."""
         name = f"carnet_{uuid.uuid4().hex[:12]}"
-        command = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(
+        command = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
             sql.Identifier(name), sql.Identifier(template or "template0")
         )
         with self.connect() as connection:
@@ -54,9 +54,7 @@ class Postgres:
     @contextmanager
     def connect(self, database: str = "postgres") -> Iterator[psycopg.Connection]:
         """Return a connection in autocommit."""
-        with psycopg.connect(
-            host=str(self._directory), user="postgres", dbname=database, autocommit=True
-        ) as connection:
+        with psycopg.connect(host=str(self.directory), user="postgres", dbname=database, autocommit=True) as connection:
             yield connection
 
     def execute(self, command: LiteralString, database: str = "postgres") -> None:
@@ -70,7 +68,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start it again."""
-        self._pg_ctl("start", "-o", '-h ""', "-o", f"-k {self._directory}", "-l", str(self._directory / "log"))
+        self._pg_ctl("start", "-o", '-h ""', "-o", f"-k {self.directory}", "-l", str(self.directory / "log"))
 
     def kill(self) -> None:
         """kill -9 all of it, in the middle of what it does."""
@@ -79,7 +77,7 @@ class Postgres:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(processes, timeout=10)
-        (self._directory / "postmaster.pid").unlink(missing_ok=True)
+        (self.directory / "postmaster.pid").unlink(missing_ok=True)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -95,18 +93,17 @@ class Postgres:
 
     def close(self) -> None:
         """Stop it for good."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if (self._directory / "postmaster.pid").exists():
-                self._pg_ctl("stop", "-m", "immediate")
-            self._server.cleanup()
+        if (self.directory / "postmaster.pid").exists():
+            self._pg_ctl("stop", "-m", "immediate")
+        self._server.cleanup_mode = None  # It is stopped: its own clean-up has only to forget it.
+        self._server.cleanup()
 
     def _processes(self) -> list[psutil.Process]:
-        postmaster = psutil.Process(int((self._directory / "postmaster.pid").read_text().split("\n")[0]))
+        postmaster = psutil.Process(int((self.directory / "postmaster.pid").read_text().split("\n")[0]))
         return [postmaster, *postmaster.children(recursive=True)]
 
     def _pg_ctl(self, *arguments: str) -> None:
-        pg_ctl(["-w", *arguments], pgdata=self._directory, user=self._server.system_user, timeout=30)
+        pg_ctl(["-w", *arguments], pgdata=self.directory, user=self._server.system_user, timeout=30)
 
 
 @contextmanager

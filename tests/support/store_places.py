@@ -6,11 +6,13 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
+
+import pytest
 
 from carnet.revocations import RevocationKind
 from carnet_broker.core.rollout import VerifierSession
@@ -29,8 +31,10 @@ __all__ = [
     "Store",
     "StorePlace",
     "joined",
+    "real_store_place",
     "report",
     "revoked",
+    "store_place",
 ]
 
 ALICE = "spiffe://prod.example/ns/shop/sa/alice"
@@ -187,6 +191,28 @@ class PostgresPlace:
     def _move(self, by: timedelta) -> None:
         with self.server.connect(self.database) as connection:
             connection.execute("UPDATE moved SET by = %s", (by,))
+
+
+@pytest.fixture(params=["fake", "sqlite", "postgresql"])
+def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StorePlace]:
+    """An empty store of each kind: what every test of the contract runs on."""
+    place: StorePlace = FakePlace() if request.param == "fake" else _real_place(request, tmp_path)
+    yield place
+    place.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def real_store_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SqlitePlace | PostgresPlace]:
+    """An empty store in each real database."""
+    place = _real_place(request, tmp_path)
+    yield place
+    place.close()
+
+
+def _real_place(request: pytest.FixtureRequest, tmp_path: Path) -> SqlitePlace | PostgresPlace:
+    if request.param == "sqlite":
+        return SqlitePlace(tmp_path)
+    return PostgresPlace(request.getfixturevalue("postgres"))
 
 
 def revoked(
