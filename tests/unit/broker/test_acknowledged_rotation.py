@@ -11,7 +11,7 @@ import pytest
 
 from carnet_broker.core.keyring import Hold, KeyState
 from carnet_broker.core.requests import RequestKind
-from carnet_broker.core.rollout import RolloutState
+from carnet_broker.core.rollout import Permit, RolloutState
 from carnet_broker.ports import KeyStoreUnavailableError, StoreUnavailableError
 from support.keyrings import SECOND, TIMING
 from support.rotation import ManualClock, Replica, Vault, go_wrong
@@ -90,11 +90,11 @@ def test_a_rotation_waits_for_each_live_verifier_and_for_no_longer(vault, replic
         detail(vault, request)["waiting_for"],
         detail(vault, request)["missing"],
     )
-    vault.shared.acknowledge("pod-1", replica.generation)
+    vault.shared.acknowledge("pod-1", replica.replica_id, replica.generation)
     assert since + DEADLINE == replica.tick()
     assert ["spiffe://prod.example/ns/shop/sa/payments pod-2"] == detail(vault, request)["waiting_for"]
     assert (Hold.VERIFIERS, ["pod-2"]) == (replica.heard.waiting[-1][0].hold, replica.heard.waiting[-1][1])
-    vault.shared.acknowledge("pod-2", replica.generation)
+    vault.shared.acknowledge("pod-2", replica.replica_id, replica.generation)
     replica.tick()
     assert "ROTATED" == vault.reason(request)
     assert [(False, [])] == [(permit.overdue, left) for permit, left in replica.heard.permits]
@@ -127,7 +127,7 @@ def test_one_that_lags_holds_up_no_later_rotation_until_it_acknowledges_again(va
     replica.tick()
     second = asked(vault, replica)
     assert ("ROTATED", [[("pod")], []]) == (vault.reason(second), [left for _, left in replica.heard.permits])
-    vault.shared.acknowledge("pod", replica.generation)
+    vault.shared.acknowledge("pod", replica.replica_id, replica.generation)
     vault.ask(RequestKind.REVOKE, vault.keyring.standby.kid, breakglass=True)
     replica.tick()
     assert "WAITING_FOR_VERIFIERS" == vault.reason(asked(vault, replica))
@@ -143,7 +143,7 @@ def test_who_can_miss_nothing_is_not_waited_for(vault, replica, fate):
     vault.ask(RequestKind.REVOKE, vault.keyring.standby.kid, breakglass=True)
     replica.tick()
     if fate == "leaves":
-        vault.shared.leave("pod")
+        vault.shared.part("pod", other.replica_id)
     if fate == "its broker died":
         assert LEASE + MAX_STALENESS < FREE
     else:
@@ -227,7 +227,7 @@ def test_a_change_of_another_key_does_not_begin_the_window_anew(vault, replica):
 @pytest.mark.parametrize("known", ["nothing", "too old"])
 def test_what_is_not_known_of_the_other_replicas_holds_up_the_rotation(vault, replica, known):
     """Before the first lease, and when the thread that renews it is stuck: breakglass is not held up."""
-    seen = vault.shared.seen()
+    seen = replica.replicas()
     replica.driver._shared._replicas = lambda: None if known == "nothing" else seen
     vault.clock.pass_time(FREE)
     request = vault.ask()
@@ -264,8 +264,8 @@ def test_the_rollout_is_raised_before_the_publication_and_the_mirror_is_up_to_da
         *("replace", "store.save"),
         *("store.raise_to", "replace", "store.save"),
     ] == calls_of(Replica(vault), "store.raise_to", "store.save", "store.permit", "replace")
-    assert (5, vault.keyring.standby.kid) == (vault.shared.rollout.row.generation, vault.shared.rollout.row.kid)
-    assert [1, 2, 3, 4, 5] == [generation for generation, _, _ in vault.shared.mirror.saved]
+    assert (5, vault.keyring.standby.kid) == (vault.shared.row.generation, vault.shared.row.kid)
+    assert 5 == vault.shared.mirrored
 
 
 def test_a_mirror_that_is_behind_is_brought_up_before_the_next_publication(vault, replica):
@@ -294,7 +294,7 @@ def test_a_permit_that_was_given_is_used_by_whoever_comes_next(vault, replica):
     replica.tap = refusing("replace")
     with pytest.raises(KeyStoreUnavailableError):
         replica.tick()
-    assert 1 == len(vault.shared.rollout.permits)
+    assert vault.shared.row.permit is not None
     other = Replica(vault)
     other.tick()
     assert ("ROTATED", []) == (vault.reason(request), other.heard.permits)
@@ -304,14 +304,14 @@ def test_a_permit_that_was_given_is_used_by_whoever_comes_next(vault, replica):
 def test_a_standby_that_the_store_does_not_know_is_made_known_and_counts_from_then(vault, replica, row):
     """The store is younger than the keyring, or was restored: it catches up with no restart."""
     if row == "none at all":
-        vault.shared.rollout.row = RolloutState(generation=0, kid="", raised_at=None, permit=None)
+        vault.shared.row = RolloutState(generation=0, kid="", raised_at=None, permit=None)
     else:
-        vault.shared.rollout.row = replace(vault.shared.rollout.row, generation=3, kid=vault.keyring.active.kid)
+        vault.shared.row = replace(vault.shared.row, generation=3, kid=vault.keyring.active.kid)
     assert vault.shared.join("pod", replica.replica_id, 4)
     vault.clock.pass_time(SECOND)
     replica.tick()
     expected = (vault.keyring.generation, vault.keyring.standby.kid, vault.clock.now())
-    raised = vault.shared.rollout.row
+    raised = vault.shared.row
     assert expected == (raised.generation, raised.kid, raised.raised_at)
     assert not vault.shared.join("late", replica.replica_id, 4)
     request = asked(vault, replica)
@@ -319,20 +319,21 @@ def test_a_standby_that_the_store_does_not_know_is_made_known_and_counts_from_th
 
 
 def test_a_permit_that_the_store_does_not_give_is_not_asked_for_without_end(vault, replica):
-    """Its row has moved on meanwhile: the round waits, and the next one reads anew."""
+    """It has given it to another key meanwhile: the round waits, and the next one reads anew."""
     vault.clock.pass_time(FREE + DEADLINE)
     request = vault.ask()
-    row = vault.shared.rollout.row
+    row = vault.shared.row
+    other = Permit(generation=row.generation, kid="another", given_at=vault.clock.now(), overdue=False)
     asked_for = []
 
     def moved_on(name: str, call: Callable[[], object]) -> object:
         if name == "store.permit":
             asked_for.append(name)
-            vault.shared.rollout.row = replace(row, generation=99)
+            vault.shared.row = replace(row, kid=other.kid, permit=other)
             try:
                 return call()
             finally:
-                vault.shared.rollout.row = row
+                vault.shared.row = row
         return call()
 
     replica.tap = moved_on
@@ -394,7 +395,7 @@ def test_each_call_that_fails_is_reported_and_costs_one_timeout_a_round(vault, r
     replica.tap = STRAIGHT
     replica.tick()
     assert ("ROTATED", [RETIRED, ACTIVE, STANDBY]) == (vault.reason(request), vault.states)
-    assert vault.keyring.generation == vault.shared.mirror.saved[-1][0]
+    assert vault.keyring.generation == vault.shared.mirrored
 
 
 def test_k12_without_the_store_a_revoked_signer_gives_way_to_the_standby_at_once(vault, replica):

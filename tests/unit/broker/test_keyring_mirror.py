@@ -154,9 +154,9 @@ def test_a_permit_for_a_later_key_stops_a_replica_that_cannot_ask_vault(vault, r
     """The key may be ACTIVE, and the mirror not know it yet: it signs for a moment, not for the island."""
     other = Replica(vault)
     other.tick()
-    row = vault.shared.rollout.row
+    row = vault.shared.row
     permit = Permit(generation=row.generation, kid=row.kid, given_at=vault.clock.now(), overdue=False)
-    vault.shared.rollout.row = replace(row, permit=permit)
+    vault.shared.row = replace(row, permit=permit)
     for passed, signs in ((LATELY, True), (SECOND, False)):
         vault.clock.pass_time(passed)
         cut_off(other)
@@ -197,8 +197,8 @@ def test_what_the_store_says_of_later_keys(vault, replica, generation, kid, perm
     kids = {"standby": vault.keyring.standby.kid, "active": vault.keyring.active.kid, "unknown": jwk(9).kid}
     assert 5 == vault.keyring.generation
     permit = Permit(generation=generation, kid=kids[kid], given_at=vault.clock.now(), overdue=False)
-    row = replace(vault.shared.rollout.row, generation=generation, kid=kids[kid], permit=permit if permitted else None)
-    vault.shared.rollout.row = row
+    row = replace(vault.shared.row, generation=generation, kid=kids[kid], permit=permit if permitted else None)
+    vault.shared.row = row
     vault.clock.pass_time(SECOND)
     cut_off(replica)
     view = replica.holder.view
@@ -213,10 +213,10 @@ def test_a_replica_that_knows_more_than_the_mirror_brings_it_up_to_date(vault, r
     vault.ask(RequestKind.ROTATE_NOW, breakglass=True)
     with pytest.raises(StoreUnavailableError):
         replica.tick()
-    assert 5 == vault.shared.mirror.saved[-1][0]
+    assert 5 == vault.shared.mirrored
     replica.tap = without_vault
     cut_off(replica)
-    assert (vault.keyring.generation, False) == (vault.shared.mirror.saved[-1][0], replica.holder.view.doubted)
+    assert (vault.keyring.generation, False) == (vault.shared.mirrored, replica.holder.view.doubted)
     cut_off(other)
     assert vault.keyring == other.holder.view.keyring
 
@@ -225,7 +225,7 @@ def test_a_replica_that_knows_more_than_the_mirror_brings_it_up_to_date(vault, r
 def test_a_store_that_falls_silent_in_the_middle_confirms_nothing(vault, replica, call):
     """The view stays as old as it is, and is not doubted either: nobody said anything."""
     if call == "store.save":
-        vault.shared.mirror.saved.pop()
+        vault.shared.put_mirror(0, None)
     before = replica.holder.view
     vault.clock.pass_time(SECOND)
     replica.tap = lambda name, do: without_vault(name, do) if name != call else go_wrong(name, do, "refused")
@@ -251,9 +251,9 @@ def test_what_is_not_saved_is_saved_at_the_next_look_of_any_replica(vault, repli
     vault.ask(RequestKind.ROTATE_NOW, breakglass=True)
     with pytest.raises(StoreUnavailableError):
         replica.tick()
-    assert 5 == vault.shared.mirror.saved[-1][0]
+    assert 5 == vault.shared.mirrored
     Replica(vault).tick()
-    assert vault.keyring.generation == vault.shared.mirror.saved[-1][0]
+    assert vault.keyring.generation == vault.shared.mirrored
 
 
 # -- Vault was restored (K07) ------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_k07_another_document_of_the_generation_of_the_mirror_is_refused(vault, 
 def mirror_says(vault: Vault, **changes: Any) -> None:  # noqa: ANN401 - members of the document
     """Put a changed copy of the newest document into the mirror, as of generation 1000."""
     content = json.loads(vault.document.written[-1]) | {"generation": 1000} | changes
-    vault.shared.mirror.saved.append((1000, json.dumps(content), vault.clock.now()))
+    vault.shared.put_mirror(1000, content)
 
 
 def test_a_mirror_that_forgets_a_revocation_is_not_adopted(vault, replica):
@@ -358,10 +358,9 @@ def test_a_mirror_that_cannot_be_read_is_told_of_and_holds_up_what_needs_the_sto
 def test_a_mirror_that_differs_in_the_same_generation_confirms_nothing(vault, replica):
     """Two histories: without Vault nobody can say which is right."""
     before = replica.holder.view
-    generation, content, at = vault.shared.mirror.saved.pop()
-    changed = json.loads(content)
-    changed["keys"].pop()
-    vault.shared.mirror.saved.append((generation, json.dumps(changed), at))
+    mirrored = vault.shared.mirror.load()
+    mirrored.content["keys"].pop()
+    vault.shared.put_mirror(mirrored.generation, mirrored.content)
     vault.clock.pass_time(SECOND)
     cut_off(replica)
     assert before is replica.holder.view

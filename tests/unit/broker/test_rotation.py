@@ -586,7 +586,7 @@ def unchanged_by(vault: Vault, replica: Replica, error: type[Exception], match: 
     Nothing confirms it while the shared store is away too; the store does when it is there.
     """
     view, written, keys = replica.holder.view, list(vault.document.written), dict(vault.store.keys)
-    mirrored = vault.shared.mirror.saved[-1]
+    mirrored = vault.shared.mirror.load().content
     replica.tap = refusing("store.load")
     vault.clock.pass_time(SECOND)
     with pytest.raises(error, match=match):
@@ -597,7 +597,7 @@ def unchanged_by(vault: Vault, replica: Replica, error: type[Exception], match: 
         replica.tick()
     confirmed = replace(view, confirmed_at=vault.clock.now(), confirmed_mono=vault.clock.mono())
     assert confirmed == replica.holder.view
-    assert (written, keys, mirrored) == (vault.document.written, vault.store.keys, vault.shared.mirror.saved[-1])
+    assert (written, keys, mirrored) == (vault.document.written, vault.store.keys, vault.shared.mirror.load().content)
 
 
 def test_k07_a_restored_older_document_is_refused(vault, replica):
