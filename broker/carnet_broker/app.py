@@ -10,20 +10,18 @@ import asyncio
 import contextlib
 import resource
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import grpc
-import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from carnet.admission import Admission
-from carnet.errors import CarnetError, ConfigError
+from carnet.errors import CarnetError
 from carnet.log_lines import LineLimit
 from carnet.v1 import token_pb2_grpc, trust_pb2_grpc
 from carnet_broker.config import BrokerConfig, host_and_port
@@ -36,21 +34,19 @@ from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, bind, 
 from carnet_broker.edges.grpc.refused_calls import refusal_record
 from carnet_broker.edges.grpc.tokens import TokenServicer
 from carnet_broker.edges.grpc.trust import TrustServicer
-from carnet_broker.edges.grpc.trust_knowledge import TrustKnowledge
-from carnet_broker.edges.grpc.watch import Watchers, WatchRules
-from carnet_broker.edges.http.plain import ImpatientProtocol, plain_app
+from carnet_broker.edges.grpc.watch import Watchers
+from carnet_broker.edges.http.plain import plain_app
+from carnet_broker.edges.http.serving import listen, new_plain_server
 from carnet_broker.edges.ledger.json_lines import JsonLinesAudit
 from carnet_broker.edges.vault import (
     KvKeyStore,
     TransitKeyStore,
-    VaultForbiddenError,
     VaultKeyringDocument,
-    VaultLoginError,
-    VaultNotTrustedError,
     VaultRotationRequests,
     VaultSession,
 )
 from carnet_broker.file_modes import check_audit_directory, mode_warnings
+from carnet_broker.first_keyring import first_round
 from carnet_broker.group_commit import GroupCommit
 from carnet_broker.issuance import CHECK_EVERY, Issuer
 from carnet_broker.keyring_loop import KeyringLoop
@@ -58,8 +54,7 @@ from carnet_broker.loading import load_policy_file, load_tls, load_vault_setting
 from carnet_broker.ports import KeyStore, KeyStoreUnavailableError, Signer
 from carnet_broker.revoking import Revoker
 from carnet_broker.rotation import RotationDriver
-from carnet_broker.shared_state import CLOCK_IS_OFF, CLOCK_IS_USELESS, SharedState
-from carnet_broker.signing import KeyringHolder, KeyringView
+from carnet_broker.shared_state import CLOCK_IS_OFF, CLOCK_IS_USELESS, SharedState, TellingHolder
 from carnet_broker.telemetry import Telemetry
 from carnet_broker.watched import Watched
 
@@ -112,14 +107,14 @@ class Broker:
         )
         timing = config.timing()
         self._watchers: Watchers | None = None
-        self._holder = _TellingHolder(self._changed, island=timing.island, confirm_within=config.keys.confirm_within)
+        self._holder = TellingHolder(self._changed, island=timing.island, confirm_within=config.keys.confirm_within)
         self._shared = SharedState(
             config,
             self._clock,
             self.telemetry,
             generation=self._generation,
             changed=self._changed,
-            newer_keyring=self._look_at_the_keyring,
+            newer_keyring=lambda: self._keyring_loop.wake(),  # noqa: PLW0108 - it comes later
         )
         self.telemetry.trust.show_age(lambda: self._age().total_seconds())
         self._identities = IdentityCache(LeafRules(max_life=files.max_leaf_life))
@@ -191,9 +186,15 @@ class Broker:
         well, because half a broker looks alive and is not.
         """
         loop = asyncio.get_running_loop()
-        await self._shared.open()
-        await self._first_round()
         config = self._config
+        await self._shared.open()
+        await first_round(
+            self._keyring_loop,
+            config,
+            self._clock,
+            self.telemetry,
+            is_loaded=lambda: self._holder.view is not None,
+        )
         limits = ListenerLimits(
             max_connections=self._connections(),
             handshake_timeout=config.limits.handshake_timeout,
@@ -218,7 +219,9 @@ class Broker:
         health_servicer = health.aio.HealthServicer()
         token_servicer = TokenServicer(self._issuer, self._revoker, self._clock)
         token_pb2_grpc.add_TokenServiceServicer_to_server(token_servicer, on_tokens)
-        self._watchers = watchers = self._new_watchers()
+        self._watchers = watchers = self._shared.new_watchers(
+            self._holder, policy=lambda: self._policy.value, read_keyring=self._keyring_loop.read_again
+        )
         trust_servicer = TrustServicer(
             holder=self._holder,
             admission=self._key_set_admission,
@@ -233,9 +236,17 @@ class Broker:
         for name, server, address in (("tokens", tokens, config.listen.tokens), ("trust", trust, config.listen.trust)):
             port = bind(server, address, tls[name], setting=f"listen.{name}")
             self.addresses[name] = f"{address.rpartition(':')[0]}:{port}"
-        plain_socket = _listen(config.listen.plain)
+        plain_socket = listen(*host_and_port(config.listen.plain), setting="listen.plain")
         self.addresses["plain"] = f"{config.listen.plain.rpartition(':')[0]}:{plain_socket.getsockname()[1]}"
-        plain = self._new_plain_server()
+        plain = new_plain_server(
+            plain_app(
+                readiness=self.readiness,
+                holder=self._holder,
+                max_age=config.keys.max_age,
+                registry=self.telemetry.registry,
+            ),
+            connections=_PLAIN_CONNECTIONS,
+        )
         self._keyring_loop.start()
         self._shared.loop.start()
         await asyncio.gather(tokens.start(), trust.start())
@@ -350,37 +361,6 @@ class Broker:
 
     # -- parts of serving ------------------------------------------------------------------------------------------
 
-    async def _first_round(self) -> None:
-        """Load the keyring before anything is served. Raises `ConfigError` if Vault cannot be used.
-
-        A Vault that does not answer may be starting too, so it is asked again for a while. One that refuses this broker
-        goes on refusing it.
-        """
-        vault = self._config.vault
-        deadline = self._clock.mono() + vault.start_within.total_seconds()
-        while True:
-            try:
-                await asyncio.to_thread(self._keyring_loop.round)
-            except VaultLoginError as error:
-                msg = f"vault.role_id_file {vault.role_id_file} or vault.secret_id_file {vault.secret_id_file}: {error}"
-                raise ConfigError(msg) from error
-            except VaultNotTrustedError as error:
-                msg = f"vault.ca_file {vault.ca_file or '(not set: the CAs of this system)'}: {error}"
-                raise ConfigError(msg) from error
-            except VaultForbiddenError as error:
-                msg = f"vault.environment {vault.environment}: {error}"
-                raise ConfigError(msg) from error
-            except KeyStoreUnavailableError as error:
-                if self._clock.mono() > deadline:
-                    msg = f"vault.address: {error}"
-                    raise ConfigError(msg) from error
-                await asyncio.sleep(0.25)
-            except CarnetError as error:
-                raise ConfigError(str(error)) from error
-            else:
-                self.telemetry.vault_answered()
-                return
-
     def _authenticate(self, auth_context: AuthContext) -> Workload:
         """Return the workload behind a connection; judged anew at each call."""
         # On the server's side the chain is what was sent above the leaf, without it.
@@ -437,9 +417,6 @@ class Broker:
         if self._watchers is not None:
             self._watchers.changed()
 
-    def _look_at_the_keyring(self) -> None:
-        self._keyring_loop.wake()
-
     def _generation(self) -> int:
         """Return the generation of the keyring in force, 0 where there is none."""
         view = self._holder.view
@@ -451,70 +428,11 @@ class Broker:
         view = self._holder.view
         return timedelta.max if view is None else max(view.age(now, mono), self._shared.age(now, mono))
 
-    def _new_plain_server(self) -> _PlainServer:
-        return _PlainServer(
-            uvicorn.Config(
-                plain_app(
-                    readiness=self.readiness,
-                    holder=self._holder,
-                    max_age=self._config.keys.max_age,
-                    registry=self.telemetry.registry,
-                ),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                server_header=False,
-                http=ImpatientProtocol,
-                limit_concurrency=_PLAIN_CONNECTIONS,
-                timeout_keep_alive=5,
-            )
-        )
-
-    def _new_watchers(self) -> Watchers:
-        config, limits = self._config, self._config.limits
-        known = TrustKnowledge(
-            keys=self._holder,
-            revocations=self._shared.revocations,
-            policy=lambda: self._policy.value,
-            clock=self._clock,
-            max_staleness=config.trust.max_staleness,
-            read_keyring=self._keyring_loop.read_again,
-            read_store=self._shared.loop.read_again,
-        )
-        rules = WatchRules(
-            replica_id=self._shared.replica_id, heartbeat=config.trust.heartbeat, max_age=config.keys.max_age
-        )
-        admission = Admission(rate=limits.key_sets_per_second, burst=limits.streams)
-        report = self._shared.loop.report
-        return Watchers(known, rules, self._clock, admission, self.telemetry.trust, report=report)
-
     async def _report_health(self, servicer: health.aio.HealthServicer) -> None:
         answer = health_pb2.HealthCheckResponse
         serving = answer.SERVING if self.readiness().ready else answer.NOT_SERVING
         for service in ("", "carnet.v1.TokenService", "carnet.v1.TrustService"):
             await servicer.set(service, serving)
-
-
-class _TellingHolder(KeyringHolder):
-    """Tells of each keyring that is put in force."""
-
-    def __init__(self, changed: Callable[[], None], *, island: timedelta, confirm_within: timedelta) -> None:
-        super().__init__(island=island, confirm_within=confirm_within)
-        self._changed = changed
-
-    def adopt(self, view: KeyringView) -> None:
-        """Put `view` in force."""
-        super().adopt(view)
-        self._changed()
-
-
-class _PlainServer(uvicorn.Server):
-    """Uvicorn without its own signal handlers: ours drain the whole process."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
 
 
 async def _termination(server: grpc.aio.Server) -> None:
@@ -529,14 +447,3 @@ def _failure_of(task: asyncio.Task[None]) -> BaseException | None:
 async def _sign_here(signer: Signer, inputs: Sequence[bytes]) -> list[bytes]:
     """Sign with a key in memory: about 40 us, less than a thread would cost."""
     return [signer.sign(one) for one in inputs]
-
-
-def _listen(address: str) -> socket.socket:
-    host, port = host_and_port(address)
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        msg = (
-            f"listen.plain: cannot listen on {address} ({error.strerror}); give a free port of an address of this host"
-        )
-        raise ConfigError(msg) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib.metadata import version as version_of
@@ -12,20 +12,25 @@ from typing import Final
 
 from cryptography import x509
 
+from carnet.admission import Admission
 from carnet.errors import ConfigError
 from carnet.revocations import certificate_names
 from carnet_broker.config import BrokerConfig
+from carnet_broker.core.policy import Policy
 from carnet_broker.core.revocation import RevocationRules
 from carnet_broker.core.unauthenticated import IdentityReason, UnauthenticatedError
 from carnet_broker.core.workload import Workload
+from carnet_broker.edges.grpc.trust_knowledge import TrustKnowledge
+from carnet_broker.edges.grpc.watch import Watchers, WatchRules
 from carnet_broker.edges.store import open_store
 from carnet_broker.issuance import Refusal, RefusalReason
 from carnet_broker.ports import Clock, StoreUnavailableError
 from carnet_broker.revocation_view import RevocationHolder
+from carnet_broker.signing import KeyringHolder, KeyringView
 from carnet_broker.store_loop import StoreLoop, StorePorts, StoreTiming
 from carnet_broker.telemetry import Telemetry
 
-__all__ = ["CLOCK_IS_OFF", "CLOCK_IS_USELESS", "SharedState"]
+__all__ = ["CLOCK_IS_OFF", "CLOCK_IS_USELESS", "SharedState", "TellingHolder"]
 
 CLOCK_IS_OFF: Final = timedelta(seconds=5)
 """How far the clock of this host may be from the store's before this broker calls itself degraded."""
@@ -50,6 +55,7 @@ class SharedState:
         """Wire the parts; nothing is sent yet. Raises `ConfigError`. See `StoreLoop` for the callables."""
         self._config = config
         self._clock = clock
+        self._telemetry = telemetry
         self.replica_id = uuid.uuid4().hex
         """Names this process in the store."""
         self.store = open_store(
@@ -89,6 +95,24 @@ class SharedState:
             changed=changed,
             newer_keyring=newer_keyring,
         )
+
+    def new_watchers(
+        self, keys: KeyringHolder, *, policy: Callable[[], Policy], read_keyring: Callable[[], Awaitable[bool]]
+    ) -> Watchers:
+        """Return the streams of this broker, none yet. To be called on the loop that serves them."""
+        config, limits = self._config, self._config.limits
+        known = TrustKnowledge(
+            keys=keys,
+            revocations=self.revocations,
+            policy=policy,
+            clock=self._clock,
+            max_staleness=config.trust.max_staleness,
+            read_keyring=read_keyring,
+            read_store=self.loop.read_again,
+        )
+        rules = WatchRules(replica_id=self.replica_id, heartbeat=config.trust.heartbeat, max_age=config.keys.max_age)
+        admission = Admission(rate=limits.key_sets_per_second, burst=limits.streams)
+        return Watchers(known, rules, self._clock, admission, self._telemetry.trust, report=self.loop.report)
 
     async def open(self) -> None:
         """Bring the tables up to date, and read the revocations. Raises `ConfigError` if the store cannot be used.
@@ -134,6 +158,19 @@ class SharedState:
             text = "the clock of the broker is wrong"
             return Refusal(RefusalReason.CLOCK_IS_OFF, text, timedelta(seconds=5))
         return None
+
+
+class TellingHolder(KeyringHolder):
+    """Tells of each keyring that is put in force."""
+
+    def __init__(self, changed: Callable[[], None], *, island: timedelta, confirm_within: timedelta) -> None:
+        super().__init__(island=island, confirm_within=confirm_within)
+        self._changed = changed
+
+    def adopt(self, view: KeyringView) -> None:
+        """Put `view` in force."""
+        super().adopt(view)
+        self._changed()
 
 
 @lru_cache(maxsize=4096)

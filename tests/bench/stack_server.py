@@ -31,13 +31,14 @@ from carnet_broker.core.minting import MintingRules
 from carnet_broker.core.policy import load_policy
 from carnet_broker.core.workload import IdentityCache, LeafRules, TrustBundle, Workload
 from carnet_broker.edges.grpc import tokens
-from carnet_broker.edges.grpc.calls import AuthenticatedCalls
+from carnet_broker.edges.grpc.calls import AuthenticatedCalls, CallLimits
 from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, TlsPems, bind, new_server, server_credentials
 from carnet_broker.edges.ledger.json_lines import JsonLinesAudit
 from carnet_broker.edges.vault.kv_store import KvSigner
 from carnet_broker.group_commit import GroupCommit
 from carnet_broker.issuance import Issuer, RefusedError
 from carnet_broker.ports import Signer
+from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.signing import KeyringHolder, KeyringView
 from carnet_broker.telemetry import Telemetry
 from support.running_broker import BROKER, BROKER_NAME, ISSUER, POLICY
@@ -66,6 +67,7 @@ def _issuer(commit: Any, audit: JsonLinesAudit) -> Issuer:  # noqa: ANN401 - a c
         audit=audit,
         commit=commit,
         sign=sign,
+        revocations=RevocationHolder(),
     )
 
 
@@ -114,6 +116,14 @@ class _SyncServicer(token_pb2_grpc.TokenServiceServicer):
         return token_pb2.IssueTokensResponse(results=[tokens.result(answer) for answer in answers])
 
 
+class _AioServicer(tokens.TokenServicer):
+    """The broker's own handlers of tokens, without a store to revoke in."""
+
+    def __init__(self, issuer: Issuer, clock: SystemClock) -> None:
+        self._issuer = issuer
+        self._clock = clock
+
+
 def _serve_sync(threads: int, audit: JsonLinesAudit, ca: CertificateAuthority, pems: TlsPems) -> None:
 
     async def commit(records: Any) -> None:  # noqa: ANN401 - as the port
@@ -133,13 +143,14 @@ async def _serve_aio(audit: JsonLinesAudit, ca: CertificateAuthority, pems: TlsP
     calls = AuthenticatedCalls(
         _Peers(ca),
         Telemetry(),
-        read_within=timedelta(seconds=5),
-        calls_in_flight=256,
+        limits=CallLimits(
+            read_within=timedelta(seconds=5), write_within=timedelta(seconds=5), calls_in_flight=256, streams=256
+        ),
         record=lambda error, workload, peer: None,
     )
     limits = ListenerLimits()
     server = new_server(limits)
-    servicer = tokens.TokenServicer(_issuer(commit, audit), SystemClock())
+    servicer = _AioServicer(_issuer(commit, audit), SystemClock())
     token_pb2_grpc.add_TokenServiceServicer_to_server(servicer, calls.on(server))
     port = bind(server, "127.0.0.1:0", MutualTls(lambda: pems, limits), setting="bench")
     await server.start()

@@ -31,6 +31,8 @@ vault:
   role_id_file: role-id
   secret_id_file: secret-id
   environment: prod
+store:
+  url: sqlite:////var/lib/carnet/store.db
 audit:
   directory: audit
 """
@@ -81,6 +83,15 @@ def test_the_smallest_file_is_enough_and_its_defaults_are_those_of_the_design(tm
         config.log.format,
     )
     assert timedelta(seconds=60) == config.keys.confirm_within
+    assert (timedelta(seconds=15), timedelta(minutes=5)) == (config.trust.heartbeat, config.trust.max_staleness)
+    store = config.store
+    assert (1, 15, 5, 200) == (
+        store.poll_interval.total_seconds(),
+        store.lease.total_seconds(),
+        store.timeout.total_seconds(),
+        store.verifier_sessions,
+    )
+    assert ("127.0.0.1:8445", False) == (config.listen.admin, config.listen.admin_beyond_loopback)
     vault = config.vault
     assert ("carnet", "transit", "approle", None, None, None) == (
         vault.kv_mount,
@@ -150,8 +161,8 @@ def test_what_is_required_and_missing_is_named(tmp_path, line, path):
     """By its whole path, and the line of the section that lacks it."""
     section = path.partition(".")[0] if "." in path else ""
     lines = [one for one in SMALLEST.splitlines() if one != line]
-    if section == "audit":  # Its only key: a section without one is another mistake.
-        lines[-1] = "audit: {}"
+    if section in {"audit", "store"}:  # Its only key: a section without one is another mistake.
+        lines[lines.index(f"{section}:")] = f"{section}: {{}}"
     at = next((n for n, one in enumerate(lines, 1) if section and one.startswith(section)), 1)
     text = complaint(tmp_path, "\n".join(lines))
     assert f"broker.yaml:{at}: {path}: this is required and missing; add it" == text
@@ -225,6 +236,15 @@ WRONG = [
         "tokens",
         ["::1:8443", "[::1:8443", "::1]:8443", "[127.0.0.1]:8443", "a b:80", "h:٣", "http://h:80", "h:000080"],
     ),
+    ("listen", "admin", ["0.0.0.0:8445", "10.0.0.1:8445", "broker.example:8445", "[::]:8445"]),
+    (
+        "store",
+        "url",
+        ["sqlite:///relative.db", "sqlite://", "mysql://user@host/db", "store.db", "", 5, "postgresql:/"],
+    ),
+    ("store", "lease", ["0s", 15]),
+    ("store", "verifier_sessions", [0]),
+    ("trust", "heartbeat", ["0s", 15]),
     ("listen", "plain", ["8.8.8.8:8080", "[2001:4860::1]:8080", "broker.example:8080"]),
 ]
 
@@ -240,7 +260,7 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_to_do(tmp_path, section
     (content.setdefault(section, {}) if section else content)[key] = value
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     lines = text.splitlines()
-    at = next(n for n, one in enumerate(lines, 1) if one.strip().startswith(f"{key}:") and (section or one[0] != " "))
+    at = next(n for n, one in enumerate(lines, 1) if one.startswith(f"{'  ' if section else ''}{key}:"))
     told = complaint(tmp_path, text)
     where, _, what = told.partition(": ")
     file, _, line = where.partition(":")
@@ -257,7 +277,7 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_to_do(tmp_path, section
 ZERO = [0, "0"]
 
 
-@pytest.mark.parametrize("field", ["poller_interval", "skew", "leeway", "min_interval"])
+@pytest.mark.parametrize("field", ["poller_interval", "skew", "leeway", "min_interval", "acknowledge_within"])
 @pytest.mark.parametrize("zero", ZERO)
 def test_what_may_be_nothing_may_be_zero(tmp_path, field, zero):
     """As a number or as text: no pollers, no skew, no leeway, no pause between rotations."""
@@ -277,6 +297,7 @@ def test_every_duration_of_the_keyring_comes_from_its_own_setting(tmp_path):
         "sign_for": "7d",
         "rotate_every": "8h",
         "min_interval": "9s",
+        "acknowledge_within": "11s",
     }
     text = SMALLEST + yaml.safe_dump({"keys": keys, "tokens": {"longest_life": "10m"}})
     expected = Timing(
@@ -290,6 +311,7 @@ def test_every_duration_of_the_keyring_comes_from_its_own_setting(tmp_path):
         sign_for=timedelta(days=7),
         rotate_every=timedelta(hours=8),
         min_interval=timedelta(seconds=9),
+        acknowledge_within=timedelta(seconds=11),
     )
     assert expected == load(tmp_path, text).timing()
 
@@ -305,6 +327,9 @@ def test_every_duration_of_the_keyring_comes_from_its_own_setting(tmp_path):
         ({"keys": {"sign_for": "1d"}}, "sign_for must be longer than rotate_every"),
         ({"keys": {"rotate_every": "7d"}}, "sign_for must be longer than rotate_every"),
         ({"keys": {"poller_interval": "6d"}}, "sign_for must be longer than rotate_every"),
+        ({"keys": {"acknowledge_within": "6d"}}, "sign_for must be longer than rotate_every"),
+        ({"trust": {"max_staleness": "20s"}}, "trust.max_staleness must be at least twice trust.heartbeat"),
+        ({"store": {"lease": "2s"}}, "store.lease must be at least three times store.poll_interval"),
         ({"keys": {"island": "8d"}}, "island must not be longer than sign_for"),
     ],
 )
@@ -416,3 +441,25 @@ def test_j25_a_policy_of_another_environment_is_refused(tmp_path):
     """A broker of production never issues by the policy of staging."""
     text = policies.changed("https://tokens.prod.example", "https://tokens.staging.example")
     assert "policy.yaml: the policy is for issuer https://tokens.staging.example" in policy_complaint(tmp_path, text)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:8445", "10.0.0.1:8445", "[::]:8445"])
+def test_the_admin_port_goes_beyond_loopback_only_where_that_is_said(tmp_path, address):
+    """Its flag says that whoever wrote it meant it."""
+    config = with_(tmp_path, "listen", admin=address, admin_beyond_loopback=True)
+    assert address == config.listen.admin
+    assert "localhost:1" == with_(tmp_path, "listen", admin="localhost:1").listen.admin
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////var/lib/carnet/store.db", "postgresql://carnet@db.prod.example:5432/carnet", "postgres://h/d"]
+)
+def test_both_kinds_of_store_can_be_named(tmp_path, url):
+    """A file of this host, or a database for several."""
+    assert url == with_(tmp_path, "store", url=url).store.url
+
+
+def test_the_url_of_a_store_that_is_refused_is_not_shown(tmp_path):
+    """It may hold a password."""
+    text = SMALLEST.replace("sqlite:////var/lib/carnet/store.db", "mysql://carnet:hunter2@db/carnet")
+    assert "hunter2" not in complaint(tmp_path, text)

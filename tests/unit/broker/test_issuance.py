@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from carnet.admission import Admission
 from carnet.claims import MAX_SCOPES
 from carnet.jwk import KeySet
+from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind
 from carnet.verify import Expectations, parse_unverified, verify_token
 from carnet_broker.core.ledger import IssueRecord
 from carnet_broker.core.minting import MintingRules
@@ -21,8 +22,15 @@ from carnet_broker.core.policy import Policy
 from carnet_broker.core.workload import Workload
 from carnet_broker.edges.vault.kv_store import KvSigner
 from carnet_broker.group_commit import GroupCommit
-from carnet_broker.issuance import MAX_BATCH, Issued, Issuer, RefusalReason, RefusedError, TokenRequest
-from carnet_broker.ports import AuditUnavailableError, KeyStoreUnavailableError, Signer
+from carnet_broker.issuance import MAX_BATCH, Issued, Issuer, Refusal, RefusalReason, RefusedError, TokenRequest
+from carnet_broker.ports import (
+    AuditUnavailableError,
+    KeyStoreUnavailableError,
+    LogPosition,
+    RevocationPage,
+    Signer,
+)
+from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.signing import KeyringHolder, KeyringView
 from support import policies
 from support.audit import MemoryAudit
@@ -35,6 +43,7 @@ KEYRING = running()
 KEY = KEYRING.active.jwk
 THUMBPRINT = "A" * 43
 RULES = MintingRules(issuer=ISSUER)
+BLOCK = Revocation(7, RevocationKind.BLOCK, str(ORDERS), 7, None)
 
 
 class SignsWithAnother:
@@ -45,6 +54,14 @@ class SignsWithAnother:
     def sign(self, signing_input: bytes) -> bytes:
         """Sign wrongly."""
         return KvSigner(self.kid, OTHER_KEY).sign(signing_input)
+
+
+def revoked(*entries: Revocation) -> RevocationHolder:
+    """Return a replica that has read the log of revocations up to version 3, or up to the last of `entries`."""
+    holder = RevocationHolder()
+    position = LogPosition(1, entries[-1].version if entries else 3, GENESIS_DIGEST)
+    holder.take(RevocationPage(position, snapshot=True, entries=entries, read_at=T0), now=T0, mono=0.0)
+    return holder
 
 
 @dataclass
@@ -63,6 +80,8 @@ class Desk:
     counted: int = 0
     sign_fails: Exception | None = None
     rules: MintingRules = RULES
+    revocations: RevocationHolder = field(default_factory=revoked)
+    obstacle: Refusal | None = None
 
     def __post_init__(self) -> None:
         self.holder = KeyringHolder(island=TIMING.island)
@@ -79,7 +98,8 @@ class Desk:
             commit=self._commit,
             sign=self._sign,
             check_every=self.check_every,
-            revocation_version=lambda: 3,
+            revocations=self.revocations,
+            obstacle=lambda _now, _mono: self.obstacle,
             count_issued=self._count,
         )
 
@@ -275,7 +295,7 @@ async def test_k09_with_no_key_to_sign_with_nothing_is_decided():
     error = await desk.refusal_of(wants(), now=T0 + passed, mono=passed.total_seconds())
     assert (RefusalReason.NO_SIGNING_KEY, 5 * SECOND) == (error.refusal.reason, error.refusal.retry_after)
     assert ([], [], "NO_SIGNING_KEY") == (desk.order, desk.audit.issued, desk.audit.refused[0].reason)
-    assert "Vault has not been reached" in desk.audit.refused[0].detail
+    assert "neither Vault nor the store was reached" in desk.audit.refused[0].detail
 
 
 async def test_with_no_private_key_nothing_is_issued():
@@ -509,6 +529,22 @@ def _failing_audit() -> MemoryAudit:
     return audit
 
 
+def _obstacle(reason: RefusalReason) -> Refusal:
+    return Refusal(reason, "not now", SECOND)
+
+
+async def test_a_blocked_workload_gets_nothing_and_others_go_on():
+    """Whatever it asks for, the whole call is refused and recorded; nothing is recorded as issued."""
+    desk = Desk(revocations=revoked(BLOCK))
+    error = await desk.refusal_of(wants("payments"), by=workload(ORDERS))
+    assert RefusalReason.BLOCKED is error.refusal.reason
+    assert ["BLOCKED"] == [record.reason for record in desk.audit.refused]
+    assert [] == desk.audit.issued
+    (answer,) = await desk.ask(wants("payments"), by=workload(CRON))
+    assert isinstance(answer, Issued)
+    assert BLOCK.version == answer.draft.claims.revocation_version
+
+
 @pytest.mark.parametrize("reason", RefusalReason)
 async def test_every_reason_is_reached(reason):
     """A reason that nothing leads to would be a promise to nobody; none is told that is not meant."""
@@ -520,13 +556,23 @@ async def test_every_reason_is_reached(reason):
         RefusalReason.TOO_MANY_REQUESTS: (Desk(rate=0.001, burst=1), wants(), workload()),
         RefusalReason.NO_SIGNING_KEY: (Desk(signer=None), wants(), workload()),
         RefusalReason.KEY_STORE_UNAVAILABLE: (Desk(sign_fails=KeyStoreUnavailableError("")), wants(), workload()),
+        RefusalReason.BLOCKED: (Desk(revocations=revoked(BLOCK)), wants(), workload(ORDERS)),
+        RefusalReason.STORE_UNAVAILABLE: (Desk(obstacle=_obstacle(reason)), wants(), workload()),
+        RefusalReason.CLOCK_IS_OFF: (Desk(obstacle=_obstacle(reason)), wants(), workload()),
         RefusalReason.AUDIT_UNAVAILABLE: (Desk(audit=_failing_audit()), wants(), workload()),
     }[reason]
     if reason is RefusalReason.TOO_MANY_REQUESTS:
         await desk.ask(request)
     error = await desk.refusal_of(request, by=caller)
     assert reason is error.refusal.reason
-    waiting_helps = {"TOO_MANY_REQUESTS", "NO_SIGNING_KEY", "KEY_STORE_UNAVAILABLE", "AUDIT_UNAVAILABLE"}
+    waiting_helps = {
+        RefusalReason.TOO_MANY_REQUESTS,
+        RefusalReason.NO_SIGNING_KEY,
+        RefusalReason.KEY_STORE_UNAVAILABLE,
+        RefusalReason.AUDIT_UNAVAILABLE,
+        RefusalReason.STORE_UNAVAILABLE,
+        RefusalReason.CLOCK_IS_OFF,
+    }
     assert (reason in waiting_helps) is (error.refusal.retry_after is not None)
     if reason is not RefusalReason.AUDIT_UNAVAILABLE:
         assert reason == desk.audit.refused[-1].reason

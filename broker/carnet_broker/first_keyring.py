@@ -1,0 +1,53 @@
+"""The first look at the keyring, before anything is served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from carnet.errors import CarnetError, ConfigError
+from carnet_broker.config import BrokerConfig
+from carnet_broker.edges.vault import VaultForbiddenError, VaultLoginError, VaultNotTrustedError
+from carnet_broker.keyring_loop import KeyringLoop
+from carnet_broker.ports import Clock, KeyStoreUnavailableError
+from carnet_broker.telemetry import Telemetry
+
+__all__ = ["first_round"]
+
+
+async def first_round(
+    loop: KeyringLoop, config: BrokerConfig, clock: Clock, telemetry: Telemetry, *, is_loaded: Callable[[], bool]
+) -> None:
+    """Load the keyring before anything is served. Raises `ConfigError` if Vault cannot be used.
+
+    A Vault that does not answer may be starting too, so it is asked again for a while. After that a broker that has the
+    keyring from the shared store (`is_loaded`) serves verifiers without Vault, and issues nothing. A Vault that refuses
+    this broker goes on refusing it.
+    """
+    vault = config.vault
+    deadline = clock.mono() + vault.start_within.total_seconds()
+    while True:
+        try:
+            await asyncio.to_thread(loop.round)
+        except VaultLoginError as error:
+            msg = f"vault.role_id_file {vault.role_id_file} or vault.secret_id_file {vault.secret_id_file}: {error}"
+            raise ConfigError(msg) from error
+        except VaultNotTrustedError as error:
+            msg = f"vault.ca_file {vault.ca_file or '(not set: the CAs of this system)'}: {error}"
+            raise ConfigError(msg) from error
+        except VaultForbiddenError as error:
+            msg = f"vault.environment {vault.environment}: {error}"
+            raise ConfigError(msg) from error
+        except KeyStoreUnavailableError as error:
+            if clock.mono() > deadline and is_loaded():
+                telemetry.vault_failed(error)
+                return
+            if clock.mono() > deadline:
+                msg = f"vault.address: {error}"
+                raise ConfigError(msg) from error
+            await asyncio.sleep(0.25)
+        except CarnetError as error:
+            raise ConfigError(str(error)) from error
+        else:
+            telemetry.vault_answered()
+            return
