@@ -273,10 +273,13 @@ class StateKeeper:
         self._next_alike = 0.0  # Not before where the position is the same.
         self._failed = False
 
-    def is_due(self, position: Position | None) -> bool:
-        """Say whether what is known up to `position` is to be written now."""
-        now = time.monotonic()
-        return position is not None and now >= (self._next if position != self._position else self._next_alike)
+    def is_due(self, position: Position | None, *, last: bool = False) -> bool:
+        """Say whether what is known up to `position` is to be written now; `last`: whether it is now or never."""
+        if position is None:
+            return False
+        if position != self._position:
+            return last or time.monotonic() >= self._next
+        return time.monotonic() >= self._next_alike
 
     def write(self, trust: SavedTrust, *, wall: datetime) -> None:
         """Write the file. One that cannot be written is said once, and tried again."""

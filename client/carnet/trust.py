@@ -17,6 +17,7 @@ such a child only with ``GRPC_ENABLE_FORK_SUPPORT=1``.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import weakref
@@ -125,6 +126,8 @@ class Verifier(Verification[KeySetSource]):
                 watcher.join()
             poller.stop()
             poller.join()
+            if (save := self._changes.last()) is not None:
+                save()
 
     def __enter__(self) -> Self:
         self.start()
@@ -227,6 +230,8 @@ class AsyncVerifier(Verification[AsyncKeySetSource]):
                 await watcher.join()
             poller.stop()
             await poller.join()
+            if (save := self._changes.last()) is not None:
+                await asyncio.to_thread(save)
 
     async def __aenter__(self) -> Self:
         self.start()

@@ -84,13 +84,17 @@ class Changes:
 
         return afterwards
 
+    def last(self) -> Callable[[], None] | None:
+        """Return what is to be done at the end, when nothing changes any more: write what is not written yet."""
+        return self._save(last=True)
+
     def _run(self, save: Callable[[], None]) -> None:
         """Write where this is: in the thread that learns."""
         save()
 
-    def _save(self) -> Callable[[], None] | None:
+    def _save(self, *, last: bool = False) -> Callable[[], None] | None:
         keeper, clocks = self._keeper, read_clocks()
-        if keeper is None or not keeper.is_due(self._state.position):
+        if keeper is None or not keeper.is_due(self._state.position, last=last):
             return None
         saved = self._state.saved(clocks)
         return None if saved is None else lambda: keeper.write(saved, wall=clocks.wall)

@@ -8,9 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from carnet.claims import Claims
 from carnet.encoding import base64url
 from carnet.errors import (
     CarnetError,
@@ -37,88 +35,13 @@ from carnet.verify import assemble, parse_unverified
 from support.broker_stub import ISSUER, BrokerStub
 from support.counts import count
 from support.measurements import record
-
-ORDERS = "spiffe://prod.example/ns/shop/sa/orders"
-PAYMENTS = "spiffe://prod.example/ns/shop/sa/payments"
-SHORT = timedelta(milliseconds=300)
-KINDS = ["sync", "async"]
-
-
-class Threaded:
-    """A `Verifier` with the face of an `AsyncVerifier`, so that one test drives both."""
-
-    def __init__(self, verifier: Verifier) -> None:
-        self.inner = verifier
-        self.ready = verifier.ready
-        self.staleness = verifier.staleness
-
-    async def verify(self, token: str | bytes, **how: Any) -> Claims:  # noqa: ANN401 - those of Verifier
-        """Verify in a thread."""
-        return await asyncio.to_thread(self.inner.verify, token, **how)
-
-    async def wait_ready(self, timeout: timedelta = timedelta(seconds=10)) -> None:  # noqa: ASYNC109 - as there
-        """Wait in a thread."""
-        await asyncio.to_thread(self.inner.wait_ready, timeout)
-
-    async def close(self) -> None:
-        """Close in a thread."""
-        await asyncio.to_thread(self.inner.close)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A broker, a caller, a verifying service, and what its verifier is made with."""
-
-    broker: BrokerStub
-    orders: Identity
-    payments: Identity
-    settings: dict[str, Any]
-
-    def token(self, **claims: Any) -> str:  # noqa: ANN401 - the arguments of mint
-        """Return a good token of the caller, but for `claims`."""
-        return self.broker.mint(thumbprint=self.orders.thumbprint, **claims)
-
-
-def _identity(ca: CertificateAuthority, spiffe_id: str) -> Identity:
-    issued = ca.issue(spiffe_id)
-    return Identity.parse(issued.certificate_pem, issued.private_key_pem)
+from support.verifiers import KINDS, ORDERS, PAYMENTS, SHORT, Scene, stage, until, verifying
 
 
 @pytest.fixture(name="scene")
 def _scene(tmp_path: Path) -> Iterator[Scene]:
-    ca = CertificateAuthority.create("prod.example")
-    (tmp_path / "ca.pem").write_bytes(ca.root_pem)
-    with BrokerStub.start(ca) as broker:
-        payments = _identity(ca, PAYMENTS)
-        settings = {
-            "audience": "payments",
-            "issuer": ISSUER,
-            "trust": broker.target,
-            "identity": payments,
-            "ca_file": tmp_path / "ca.pem",
-            "mode": "poll",  # What is pushed is in test_verifier_stream.py.
-        }
-        yield Scene(broker, _identity(ca, ORDERS), payments, settings)
-
-
-@asynccontextmanager
-async def verifying(
-    kind: str,
-    settings: dict[str, Any],
-    **more: Any,  # noqa: ANN401 - those of Verifier
-) -> AsyncIterator[Threaded | AsyncVerifier]:
-    """Open a verifier of one kind or the other, and close it."""
-    verifier = Threaded(Verifier(**settings | more)) if kind == "sync" else AsyncVerifier(**settings | more)
-    try:
-        yield verifier
-    finally:
-        await verifier.close()
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait for something that another thread does."""
-    while not true():  # noqa: ASYNC110 - no event says so
-        await asyncio.sleep(0.02)
+    with stage(tmp_path, "poll") as scene:  # What is pushed is in test_trust_stream.py.
+        yield scene
 
 
 def with_unknown_key(payload: bytes, *, name: bytes | None = None) -> str:

@@ -138,8 +138,10 @@ class BrokerStub:
     """What GetKeySet answers instead of the keys, None for the keys."""
     generation: int = 1
     port: int = 0
+    signing_key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
     watch_faults: Faults = field(default_factory=Faults)
-    """Of Watch and GetRevocations."""
+    revocation_faults: Faults = field(default_factory=Faults)
+    """Of GetRevocations."""
     heartbeat: timedelta = timedelta(seconds=1)
     epoch: int = 1_700_000_000_000
     log: list[Revocation] = field(default_factory=list)
@@ -155,7 +157,6 @@ class BrokerStub:
     revocation_calls: int = 0
 
     def __post_init__(self) -> None:
-        self.signing_key = ec.generate_private_key(ec.SECP256R1())
         self._published = [PublicJWK.of(self.signing_key.public_key())]
         self._lock = threading.Lock()
         self._server: grpc.Server | None = None
@@ -203,7 +204,7 @@ class BrokerStub:
 
     def down(self) -> None:
         """Stop listening; open connections are cut."""
-        for faults in (self.token_faults, self.trust_faults, self.watch_faults):
+        for faults in (self.token_faults, self.trust_faults, self.watch_faults, self.revocation_faults):
             faults.clear()
         with self.changed:
             self.is_up = False
@@ -282,6 +283,7 @@ class BrokerStub:
         thumbprint: str | None = None,
         now: datetime | None = None,
         life: timedelta | None = None,
+        revocation_version: int = 0,
     ) -> str:
         """Return a token with these claims, signed with the current key."""
         now = now or datetime.now(UTC)
@@ -299,7 +301,7 @@ class BrokerStub:
             token_id=secrets.token_urlsafe(16),
             scopes=tuple(sorted(scopes)),
             confirmation=thumbprint,
-            revocation_version=0,
+            revocation_version=revocation_version,
         )
         signing_input = encode_unsigned(claims, PublicJWK.of(self.signing_key.public_key()).kid)
         return assemble(signing_input, raw_signature(self.signing_key.sign(signing_input, _ES256)))
@@ -398,7 +400,7 @@ class _WatchedTrustService(trust_pb2_grpc.TrustServiceServicer):
     ) -> Iterator[trust_pb2.GetRevocationsResponse]:
         broker = self._broker
         broker.revocation_calls += 1
-        broker.watch_faults.apply(context)
+        broker.revocation_faults.apply(context)
         since = _read(getattr(request, "from")) if request.HasField("from") else None
         position, age = _wire(broker.position), _duration(broker.age)
         changes: Sequence[trust_pb2.RevocationChange | None] = broker.changes_since(since) or [None]
