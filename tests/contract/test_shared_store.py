@@ -225,6 +225,19 @@ def test_store_that_is_not_behind_stays_in_its_epoch(place: StorePlace):
     assert last == store.revocations.read(None).position
 
 
+def test_store_that_was_emptied_begins_an_epoch_above_what_was_seen(place: StorePlace):
+    """Its epoch is a later one, but its versions begin anew: the `rv` of tokens would be above all of them."""
+    store = place.open()
+    made = store.revocations.append([revoked(place)]).position
+    seen = LogPosition(made.epoch - 9, 70, b"x" * 32)
+    block = Revocation(66, RevocationKind.BLOCK, BOB, 66, None)
+    begun = store.revocations.begin_epoch(seen=seen, carry=[block], now=place.clock.now())
+    assert begun.epoch > made.epoch
+    assert 1_000_071 == begun.version == store.revocations.read(None).entries[-1].version
+    # A life that began after what was seen is above it, and stays.
+    assert begun == store.revocations.begin_epoch(seen=seen, carry=[block], now=place.clock.now())
+
+
 def test_epoch_is_higher_than_any_seen_however_the_clock_stands(place: StorePlace):
     """With a clock that is far behind the epoch is one more than the one before."""
     store = place.open()
@@ -546,6 +559,7 @@ def test_mirror_never_goes_back(place: StorePlace):
     assert mirrored is not None
     assert (4, content) == (mirrored.generation, mirrored.content)
     assert mirrored.saved_at <= mirrored.read_at
+    store.mirror.save(4, content)
     store.mirror.save(4, {"the same": "generation"})
     other.mirror.save(5, {"later": True})
     mirrored = store.mirror.load()

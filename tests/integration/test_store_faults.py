@@ -20,7 +20,7 @@ from carnet.revocations import Revocation
 from carnet_broker.edges.store import SharedStore, open_store
 from carnet_broker.ports import StoreUnavailableError
 from support.postgres import Postgres
-from support.store_places import PostgresPlace, SqlitePlace, revoked
+from support.store_places import PostgresPlace, SqlitePlace, joined, revoked
 
 TIMEOUT = timedelta(seconds=2)
 MARGIN = 3.0
@@ -284,6 +284,56 @@ def test_any_file_name_does(tmp_path: Path):
     with closing(open_store(f"sqlite:///{quote(str(path))}")) as store:
         store.rollout.raise_to(1, "k1")
     assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("UPDATE revocations SET kind = 'unheard'", "a revocation"),
+        ("UPDATE revocations SET value = 'no SPIFFE ID'", "a revocation"),
+        ("UPDATE revocations SET expires_at = 'soon'", "a revocation"),
+        ("UPDATE revocations SET expires_at = 9223372036854775807", "a revocation"),
+        ("DELETE FROM revocation_log", "no position in the log of revocations, which"),
+    ],
+)
+def test_revocation_that_is_not_understood_is_not_left_out(tmp_path: Path, statement: str, what: str):
+    """A store that holds nonsense is unavailable: the broker keeps what it has, and its log says why."""
+    place = SqlitePlace(tmp_path)
+    store = place.open()
+    store.revocations.append([revoked(place)])
+    with closing(sqlite3.connect(place.file, isolation_level=None)) as other:
+        other.execute(statement)
+    error = fails_in_time(lambda: store.revocations.read(None))
+    assert f"the database holds {what} that makes no sense" == str(error.__cause__)
+    place.close()
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_mirror_that_is_not_understood_is_unavailable(tmp_path: Path, content: str):
+    """It is not taken for an empty keyring."""
+    place = SqlitePlace(tmp_path)
+    store = place.open()
+    store.mirror.save(1, {})
+    with closing(sqlite3.connect(place.file, isolation_level=None)) as other:
+        other.execute("UPDATE keyring_mirror SET content = ?", (content,))
+    assert "a keyring" in str(fails_in_time(store.mirror.load).__cause__)
+    place.close()
+
+
+def test_rollout_that_is_missing_is_unavailable(tmp_path: Path):
+    """Without the row that is the gate nobody passes it."""
+    place = SqlitePlace(tmp_path)
+    store = place.open()
+    with closing(sqlite3.connect(place.file, isolation_level=None)) as other:
+        other.execute("DELETE FROM rollout")
+    calls: list[Callable[[], object]] = [
+        store.rollout.state,
+        lambda: store.rollout.permit(1, "k1", overdue=True),
+        lambda: store.sessions.write([joined()]),
+    ]
+    for call in calls:
+        assert "no rollout" in str(fails_in_time(call).__cause__)
+    place.close()
 
 
 # Settings

@@ -214,7 +214,8 @@ class FakeRevocations:
         with self._store.data.transaction() as tables:
             log = tables.position
             later = [entry for entry in tables.entries if entry.version > seen.version]
-            if log.epoch > seen.epoch or follows(seen, later, log) is not False:
+            later_life = log.epoch > seen.epoch and log.version >= seen.version
+            if later_life or follows(seen, later, log) is not False:
                 return log
             start = LogPosition(
                 epoch=max(epoch_of(now), log.epoch + 1, seen.epoch + 1),
@@ -241,8 +242,10 @@ class FakeSessions:
     def write(self, changes: Sequence[SessionChange]) -> Sequence[SessionOutcome]:
         """Enter the changes."""
         with self._store.data.transaction() as tables:
+            before = dict(tables.sessions)
             outcomes = tuple(self._enter(tables, change) for change in changes)
-        if changes:
+            changed = before != tables.sessions
+        if changed:
             self._store.changed()
         return outcomes
 
@@ -404,9 +407,12 @@ class FakeMirror:
     def save(self, generation: int, content: dict[str, Any]) -> None:
         """Keep `content`, unless a later generation is there."""
         with self._store.data.transaction() as tables:
-            if tables.mirror is None or tables.mirror[0] <= generation:
-                tables.mirror = (generation, json.dumps(content), self._store.data.now())
-        self._store.changed()
+            text, there = json.dumps(content, sort_keys=True), tables.mirror
+            changed = there is None or (there[0] <= generation and there[:2] != (generation, text))
+            if changed:
+                tables.mirror = (generation, text, self._store.data.now())
+        if changed:
+            self._store.changed()
 
     def load(self) -> MirroredKeyring | None:
         """Return what was kept last."""

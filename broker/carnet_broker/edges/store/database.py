@@ -16,9 +16,10 @@ from carnet.errors import ConfigError
 from carnet_broker.edges.store.migrate import migrate
 from carnet_broker.ports import StoreUnavailableError
 
-__all__ = ["Backend", "Database", "DatabaseFailureError", "Listener", "Transaction", "nonsense"]
+__all__ = ["UNAVAILABLE", "Backend", "Database", "DatabaseFailureError", "Listener", "Transaction", "nonsense"]
 
-_UNAVAILABLE: Final = "the shared store cannot be used now"
+UNAVAILABLE: Final = "the shared store cannot be used now"
+_OTHERS_PREPARE: Final = "another thread is waiting for its tables"
 _MIGRATION: Final = timedelta(minutes=2)
 """How long a start waits for another broker that migrates, and for its own migration."""
 
@@ -106,7 +107,7 @@ class Database:
         `StoreUnavailableError`.
         """
         if not self._preparing.acquire(timeout=self._timeout.total_seconds()):
-            raise StoreUnavailableError(_UNAVAILABLE)
+            raise StoreUnavailableError(UNAVAILABLE) from DatabaseFailureError(_OTHERS_PREPARE)
         try:
             if not self._prepared:
                 with self._connected(self.backend.reading, self._timeout) as transaction:
@@ -146,7 +147,7 @@ class Database:
             try:
                 self.prepare()
             except ConfigError as error:
-                raise StoreUnavailableError(_UNAVAILABLE) from error
+                raise StoreUnavailableError(UNAVAILABLE) from error
 
     @contextmanager
     def _connected(self, options: Mapping[str, Any], limit: timedelta) -> Iterator[Transaction]:
@@ -156,18 +157,16 @@ class Database:
                 with connection.begin():
                     yield Transaction(connection, self.backend)
         except (SQLAlchemyError, OSError) as error:
-            raise StoreUnavailableError(_UNAVAILABLE) from _cause(error)
+            raise StoreUnavailableError(UNAVAILABLE) from _cause(error)
         except ConfigError as error:
             if self._prepared:  # For instance after a failover to a server that is not set up like the first.
-                raise StoreUnavailableError(_UNAVAILABLE) from error
+                raise StoreUnavailableError(UNAVAILABLE) from error
             raise
 
 
-def nonsense(what: str) -> StoreUnavailableError:
-    """Return the error for a row that holds what nobody writes."""
-    error = StoreUnavailableError(_UNAVAILABLE)
-    error.__cause__ = DatabaseFailureError(f"the database holds {what} that makes no sense")
-    return error
+def nonsense(what: str) -> DatabaseFailureError:
+    """Return the cause for a row that holds what nobody writes."""
+    return DatabaseFailureError(f"the database holds {what} that makes no sense")
 
 
 def _cause(error: Exception) -> DatabaseFailureError:

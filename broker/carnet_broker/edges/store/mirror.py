@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import select
 
-from carnet_broker.edges.store.database import Database, nonsense
+from carnet_broker.edges.store.database import UNAVAILABLE, Database, nonsense
 from carnet_broker.edges.store.tables import ONLY_ROW, keyring_mirror
-from carnet_broker.ports import MirroredKeyring
+from carnet_broker.ports import MirroredKeyring, StoreUnavailableError
 
 __all__ = ["StoredMirror"]
-
-_WHAT: Final = "a keyring"
 
 
 class StoredMirror:
@@ -23,9 +21,16 @@ class StoredMirror:
         self._database = database
 
     def save(self, generation: int, content: dict[str, Any]) -> None:
-        """Keep `content`, unless a later generation is there."""
-        values = {"generation": generation, "content": json.dumps(content, sort_keys=True)}
+        """Keep `content`, unless a later generation is there. What is there already is not written again."""
+        values: dict[str, Any] = {"generation": generation, "content": json.dumps(content, sort_keys=True)}
         with self._database.write() as transaction:
+            there = transaction.connection.execute(
+                select(keyring_mirror.c.id).where(
+                    keyring_mirror.c.generation == generation, keyring_mirror.c.content == values["content"]
+                )
+            )
+            if there.first() is not None:
+                return
             values["saved_at"] = transaction.now()
             transaction.connection.execute(
                 transaction.insert(keyring_mirror)
@@ -47,8 +52,8 @@ class StoredMirror:
             return None
         try:
             content = json.loads(row.content)
-        except ValueError as error:
-            raise nonsense(_WHAT) from error
+        except ValueError:
+            content = None
         if not isinstance(content, dict):
-            raise nonsense(_WHAT)
+            raise StoreUnavailableError(UNAVAILABLE) from nonsense("a keyring")
         return MirroredKeyring(generation=row.generation, content=content, saved_at=row.saved_at, read_at=now)

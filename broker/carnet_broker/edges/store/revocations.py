@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Row, insert, select, update
 
 from carnet.errors import InvalidRevocationError
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, check_entry
-from carnet_broker.edges.store.database import Database, Transaction, nonsense
+from carnet_broker.edges.store.database import UNAVAILABLE, Database, Transaction, nonsense
 from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
 from carnet_broker.edges.store.migrate import epoch_of
 from carnet_broker.edges.store.tables import ONLY_ROW, revocation_log, revocations
-from carnet_broker.ports import Appended, LogPosition, NewRevocation, RevocationPage
+from carnet_broker.ports import Appended, LogPosition, NewRevocation, RevocationPage, StoreUnavailableError
 
 __all__ = ["StoredRevocations"]
-
-_LOG: Final = "no position in the log of revocations, which"
-_REVOCATION: Final = "a revocation"
 
 _ENTRY = (
     revocations.c.version,
@@ -45,6 +42,8 @@ class StoredRevocations:
         with self._database.write() as transaction:
             log = _position(transaction, lock=True)
             now = transaction.now()
+            if not entries:
+                return Appended(entries=(), position=log, at=now)
             written = tuple(numbered(new, log.version + place) for place, new in enumerate(entries, 1))
             position = _enter(transaction, log, list(zip(written, entries, strict=True)), now)
         return Appended(entries=written, position=position, at=now)
@@ -68,11 +67,12 @@ class StoredRevocations:
     def begin_epoch(self, *, seen: LogPosition, carry: Sequence[Revocation], now: datetime) -> LogPosition:
         """Begin a new epoch where the store is not a later state of what was `seen`; else do nothing (see the port).
 
-        That is more than a lower version: a store that was restored and written to since may have overtaken `seen`.
+        That is more than a lower version: a store that was restored and written to since may have overtaken `seen`. And
+        it is a lower version in any epoch: a store that was emptied has a later epoch, and versions that begin anew.
         """
         with self._database.write() as transaction:
             log = _position(transaction, lock=True)
-            if log.epoch > seen.epoch:
+            if log.epoch > seen.epoch and log.version >= seen.version:
                 return log
             held = _entries(transaction)
             later = [entry for entry in held if entry.version > seen.version]
@@ -106,7 +106,7 @@ def _enter(
         version=log.version + len(entries),
         digest=chained(log.digest, (entry for entry, _ in entries)),
     )
-    if entries:
+    if entries:  # A new epoch may have none.
         transaction.connection.execute(
             insert(revocations),
             [
@@ -136,25 +136,26 @@ def _position(transaction: Transaction, *, lock: bool = False) -> LogPosition:
     query = select(revocation_log.c.epoch, revocation_log.c.version, revocation_log.c.digest)
     row = transaction.connection.execute(query.with_for_update() if lock else query).first()
     if row is None:
-        raise nonsense(_LOG)
+        raise StoreUnavailableError(UNAVAILABLE) from nonsense("no position in the log of revocations, which")
     return LogPosition(epoch=row.epoch, version=row.version, digest=bytes(row.digest))
 
 
 def _entries(transaction: Transaction, after: int = 0) -> list[Revocation]:
     query = select(*_ENTRY).where(revocations.c.version > after).order_by(revocations.c.version)
-    return [_entry(row) for row in transaction.connection.execute(query)]
+    try:
+        return [_entry(row) for row in transaction.connection.execute(query)]
+    except (ValueError, TypeError, OverflowError, InvalidRevocationError):
+        # A revocation that is not understood must not be left out: the reader keeps what it has, and says so.
+        raise StoreUnavailableError(UNAVAILABLE) from nonsense("a revocation")
 
 
 def _entry(row: Row[*tuple[Any, ...]]) -> Revocation:
-    try:
-        entry = Revocation(
-            version=row.version,
-            kind=RevocationKind(row.kind),
-            value=row.value,
-            before_version=row.before_version,
-            expires_at=row.expires_at,
-        )
-        check_entry(entry)
-    except (ValueError, TypeError, AttributeError, InvalidRevocationError) as error:
-        raise nonsense(_REVOCATION) from error
+    entry = Revocation(
+        version=row.version,
+        kind=RevocationKind(row.kind),
+        value=row.value,
+        before_version=row.before_version,
+        expires_at=row.expires_at,
+    )
+    check_entry(entry)
     return entry

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Row, select, tuple_, update
 
 from carnet_broker.core.rollout import Permit, RolloutState, VerifierSession, laggards, live_sessions
-from carnet_broker.edges.store.database import Database, Transaction, nonsense
+from carnet_broker.edges.store.database import UNAVAILABLE, Database, Transaction, nonsense
 from carnet_broker.edges.store.rows import replica_of, session_of
 from carnet_broker.edges.store.tables import ONLY_ROW, replicas, rollout, verifier_sessions
-from carnet_broker.ports import WaitingFor
+from carnet_broker.ports import StoreUnavailableError, WaitingFor
 
 __all__ = ["StoredRollout", "required_generation"]
-
-_WHAT: Final = "no rollout, which"
 
 
 class StoredRollout:
@@ -86,7 +84,7 @@ def required_generation(transaction: Transaction) -> int:
     query = select(rollout.c.generation).with_for_update(read=True)
     generation = transaction.connection.execute(query).scalar()
     if generation is None:
-        raise nonsense(_WHAT)
+        raise StoreUnavailableError(UNAVAILABLE) from nonsense("no rollout, which")
     return int(generation)
 
 
@@ -114,7 +112,7 @@ def _row(transaction: Transaction, *, lock: bool = False) -> Row[*tuple[Any, ...
     query = select(rollout)
     row = transaction.connection.execute(query.with_for_update() if lock else query).first()
     if row is None:
-        raise nonsense(_WHAT)
+        raise StoreUnavailableError(UNAVAILABLE) from nonsense("no rollout, which")
     return row
 
 

@@ -44,7 +44,6 @@ class StoredSessions:
             # By verifier, each one's in their order: two brokers that write of the same ones lock them alike.
             for place, change in sorted(enumerate(changes), key=lambda entry: (_key(entry[1]), entry[0])):
                 outcomes[place] = self._enter(transaction, change, required)
-            transaction.changed = True
         return tuple(outcomes[place] for place in range(len(changes)))
 
     def all(self) -> Sequence[VerifierSession]:
@@ -62,6 +61,7 @@ class StoredSessions:
             return not_live
         if isinstance(change, Left):
             transaction.connection.execute(delete(verifier_sessions).where(_is(change)))
+            transaction.changed = True
             return not_live
         _acknowledge(transaction, change, row, required)
         return SessionOutcome(live=True)
@@ -90,6 +90,7 @@ class StoredSessions:
             .values(spiffe_id=session.spiffe_id, instance_id=session.instance_id, **values)
             .on_conflict_do_update(index_elements=_KEY, set_=values)
         )
+        transaction.changed = True
         return SessionOutcome(live=True)
 
     def _others(self, transaction: Transaction, session: VerifierSession) -> int:
@@ -119,6 +120,7 @@ def _acknowledge(transaction: Transaction, change: Acknowledged, row: Row[*tuple
         values["lagging"] = False
     if values:
         transaction.connection.execute(update(verifier_sessions).where(_is(change)).values(**values))
+        transaction.changed = True
 
 
 def _key(change: SessionChange) -> tuple[str, str]:
