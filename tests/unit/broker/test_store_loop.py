@@ -1,0 +1,445 @@
+"""The thread that speaks to the shared store: what it reads, writes and finds out, and what an outage does to it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from carnet.revocations import RevocationKind
+from carnet_broker.core.rollout import VerifierSession
+from carnet_broker.ports import (
+    Acknowledged,
+    Joined,
+    Left,
+    LogPosition,
+    NewRevocation,
+    ReplicaReport,
+    StoreUnavailableError,
+)
+from carnet_broker.revocation_view import RevocationHolder
+from carnet_broker.store_loop import StoreLoop, StorePorts, StoreTiming
+from support.store_fakes import FakeStoreData
+
+T0 = datetime(2026, 11, 24, 12, tzinfo=UTC)
+PAYMENTS = "spiffe://prod.example/ns/shop/sa/payments"
+TIMING = StoreTiming(
+    poll_interval=timedelta(seconds=1), lease=timedelta(seconds=15), append_within=timedelta(milliseconds=500)
+)
+
+
+@dataclass
+class HandClock:
+    """Clocks that the test moves."""
+
+    wall: datetime = T0
+    seconds: float = 100.0
+
+    def now(self) -> datetime:
+        """Return the wall time."""
+        return self.wall
+
+    def mono(self) -> float:
+        """Return monotonic seconds."""
+        return self.seconds
+
+    def move(self, seconds: float) -> None:
+        """Move both."""
+        self.wall += timedelta(seconds=seconds)
+        self.seconds += seconds
+
+
+class RealClock:
+    """The clocks of this machine."""
+
+    def now(self) -> datetime:
+        """Return the wall time."""
+        return datetime.now(UTC)
+
+    def mono(self) -> float:
+        """Return monotonic seconds."""
+        return time.monotonic()
+
+
+@dataclass
+class Heard:
+    """Everything that the loop tells."""
+
+    restored: list[tuple[LogPosition, LogPosition]] = field(default_factory=list)
+    failures: list[Exception] = field(default_factory=list)
+    answered: int = 0
+    changed: int = 0
+    newer: int = 0
+    lease: tuple[int, float] | None = None
+
+    def store_answered(self) -> None:
+        """Count."""
+        self.answered += 1
+
+    def store_failed(self, error: Exception) -> None:
+        """Keep."""
+        self.failures.append(error)
+
+    def store_restored(self, seen: LogPosition, found: LogPosition) -> None:
+        """Keep."""
+        self.restored.append((seen, found))
+
+    def revocations_read(self, position: LogPosition, count: int) -> None:
+        """Nothing."""
+
+    def lease_renewed(self, *, live_replicas: int, clock_offset: float) -> None:
+        """Keep."""
+        self.lease = live_replicas, clock_offset
+
+    def on_change(self) -> None:
+        """Count."""
+        self.changed += 1
+
+    def on_newer_keyring(self) -> None:
+        """Count."""
+        self.newer += 1
+
+
+class Replica:
+    """One broker's loop over a store that is shared in memory."""
+
+    def __init__(self, data: FakeStoreData, clock: HandClock | RealClock, name: str = "one") -> None:
+        self.store = data.open()
+        self.heard = Heard()
+        self.holder = RevocationHolder()
+        self.generation = 1
+        ports = StorePorts(
+            log=self.store.revocations,
+            sessions=self.store.sessions,
+            rollout=self.store.rollout,
+            leases=self.store.replicas,
+            mirror=self.store.mirror,
+            wakeups=self.store.wakeups,
+        )
+        self.loop = StoreLoop(
+            ports,
+            self.holder,
+            clock,
+            self.heard,
+            replica_id=name,
+            version="1",
+            timing=TIMING,
+            generation=lambda: self.generation,
+            changed=self.heard.on_change,
+            newer_keyring=self.heard.on_newer_keyring,
+        )
+
+
+@pytest.fixture(name="clock")
+def _clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture(name="data")
+def _data(clock: HandClock) -> FakeStoreData:
+    return FakeStoreData(now=clock.now, elapsed=lambda: timedelta(seconds=clock.mono()))
+
+
+def token(number: int = 1) -> NewRevocation:
+    """A token to revoke."""
+    return NewRevocation(
+        kind=RevocationKind.TOKEN, value=f"token-number-{number:06}", expires_at=T0 + timedelta(hours=1)
+    )
+
+
+def session(instance: str = "v1", generation: int = 1) -> VerifierSession:
+    """A verifier that has loaded a generation."""
+    return VerifierSession(
+        spiffe_id=PAYMENTS,
+        instance_id=instance,
+        audience="payments",
+        replica_id="one",
+        generation=generation,
+        generation_at=T0,
+        revocation_version=0,
+        revocation_at=T0,
+        max_staleness=timedelta(minutes=5),
+    )
+
+
+# -- revocations -------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_takes_in_what_others_have_revoked_and_says_so_once(data, clock):
+    """The second round finds nothing, and is as fresh as its beginning."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    data.open().revocations.append([token()])
+    replica.loop.round()
+    assert (1, 2) == (replica.holder.version, replica.heard.changed)
+    clock.move(5)
+    replica.loop.round()
+    assert 2 == replica.heard.changed
+    assert timedelta(0) == replica.holder.view.age(clock.now(), clock.mono())
+
+
+def test_what_this_replica_revokes_is_in_force_when_it_is_durable(data, clock):
+    """Nobody waits for the next round."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    appended = replica.loop.append([token()]).result(5)
+    assert appended.position == replica.holder.view.position
+    assert 2 == replica.heard.changed
+
+
+def test_what_is_appended_after_others_is_taken_in_with_theirs(data, clock):
+    """There is no gap in what is in force."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    data.open().revocations.append([token(1)])
+    replica.loop.append([token(2)]).result(5)
+    assert 0 == replica.holder.version
+    replica.loop.round()
+    assert 2 == replica.holder.version
+
+
+def test_a_store_that_is_behind_what_was_seen_begins_a_new_epoch_and_loses_nothing(data, clock):
+    """The entry that the backup lacks is carried over, and the alarm goes off once."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    backup = data.copy()
+    replica.loop.append([token()]).result(5)
+    seen = replica.holder.view.position
+    data.restore(backup)
+    replica.loop.round()
+    assert 1 == len(replica.heard.restored)
+    assert replica.holder.view.position.epoch > seen.epoch
+    fresh = data.open().revocations.read(None)
+    assert [token().value] == [entry.value for entry in fresh.entries]
+    replica.loop.round()
+    assert 1 == len(replica.heard.restored)
+
+
+def test_a_restored_store_that_has_gone_on_is_found_out_by_what_it_lacks(data, clock):
+    """It has another entry at the version that was seen."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    backup = data.copy()
+    replica.loop.append([token(1)]).result(5)
+    data.restore(backup)
+    data.open().revocations.append([token(2), token(3)])
+    replica.loop.round()
+    assert 1 == len(replica.heard.restored)
+    values = {entry.value for entry in data.open().revocations.read(None).entries}
+    assert {token(number).value for number in (1, 2, 3)} == values
+    assert 3 == len(replica.holder.revocations)
+
+
+def test_what_the_first_replica_did_not_know_of_is_entered_into_the_new_epoch_by_the_second(data, clock):
+    """Two replicas, each with an entry that only it had read before the store was restored."""
+    first, second = Replica(data, clock, "one"), Replica(data, clock, "two")
+    first.loop.round()
+    second.loop.round()
+    backup = data.copy()
+    second.loop.append([token(7)]).result(5)
+    data.restore(backup)
+    first.loop.append([token(1)]).result(5)
+    backup = data.copy()
+    first.loop.append([token(2)]).result(5)
+    data.restore(backup)
+    first.loop.round()
+    second.loop.round()
+    values = {entry.value for entry in data.open().revocations.read(None).entries}
+    assert {token(number).value for number in (1, 2, 7)} == values
+
+
+async def test_a_claim_of_a_verifier_begins_an_epoch_at_most_once_a_minute(data, clock):
+    """A verifier that lies costs a snapshot a minute, and no more."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    for expected, pause in ((1, 1), (1, 59), (2, 2)):
+        here = replica.holder.view.position
+        claim = LogPosition(here.epoch, here.version + 5, here.digest)
+        asked = asyncio.ensure_future(replica.loop.read_again(claim))
+        await asyncio.sleep(0)
+        replica.loop.round()
+        asked.cancel()
+        assert expected == len(replica.heard.restored)
+        clock.move(pause)
+    # The last one came after the minute was over.
+    here = replica.holder.view.position
+    assert here.version > 2_000_000
+
+
+# -- verifiers ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_verifiers_say_is_written_in_batches_and_each_hears_the_outcome(data, clock):
+    """A storm of joins is a few transactions."""
+    replica = Replica(data, clock)
+    outcomes = []
+    for number in range(700):
+        data.sessions_per_identity = 1000
+        replica.loop.report(Joined(session(f"v{number}"), f"s{number}"), outcomes.append)
+    replica.loop.round()
+    assert [True] * 700 == [outcome.live for outcome in outcomes]
+    assert 700 == len(replica.store.sessions.all())
+
+
+def test_of_what_one_verifier_says_in_a_row_the_last_counts(data, clock):
+    """With the time since it said so."""
+    replica = Replica(data, clock)
+    replica.loop.report(Joined(session(), "s1"), None)
+    for version in (1, 2, 3):
+        replica.loop.report(Acknowledged(PAYMENTS, "v1", "s1", 1, version, timedelta(0)))
+    clock.move(2)
+    replica.loop.round()
+    (written,) = replica.store.sessions.all()
+    assert (3, clock.now() - timedelta(seconds=2)) == (written.revocation_version, written.revocation_at)
+    replica.loop.report(Left(PAYMENTS, "v1", "s1"))
+    replica.loop.round()
+    assert [] == list(replica.store.sessions.all())
+
+
+def test_what_cannot_be_written_in_an_outage_is_written_after_it_in_its_order(data, clock):
+    """Nothing that a verifier said is lost."""
+    replica = Replica(data, clock)
+    replica.loop.report(Joined(session(), "s1"))
+    replica.loop.report(Left(PAYMENTS, "v1", "s1"))
+    replica.loop.report(Joined(session("v2"), "s2"))
+    data.down = True
+    with pytest.raises(StoreUnavailableError):
+        replica.loop.round()
+    data.down = False
+    replica.loop.round()
+    assert ["v2"] == [one.instance_id for one in replica.store.sessions.all()]
+
+
+# -- the lease, the clock and the keyring ------------------------------------------------------------------------------
+
+
+def test_the_lease_is_renewed_in_time_and_at_once_with_a_new_generation(data, clock):
+    """The window for pollers begins with it."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    assert (1, 0.0) == replica.heard.lease
+    before = replica.loop.replicas_seen()
+    clock.move(4)
+    replica.loop.round()
+    assert replica.loop.replicas_seen() is before
+    replica.generation = 2
+    replica.loop.round()
+    (lease,) = replica.loop.replicas_seen().replicas
+    assert (2, clock.now()) == (lease.generation, lease.generation_at)
+    clock.move(5)
+    replica.loop.round()
+    (lease,) = replica.loop.replicas_seen().replicas
+    assert clock.now() == lease.renewed_at
+
+
+@pytest.mark.parametrize("seconds", [-20, -6, 0, 6, 20])
+def test_the_offset_of_the_clocks_is_found_with_the_lease(clock, seconds):
+    """Whichever of them is ahead."""
+    data = FakeStoreData(now=lambda: clock.now() + timedelta(seconds=seconds))
+    replica = Replica(data, clock)
+    replica.loop.round()
+    assert timedelta(seconds=abs(seconds)) == replica.loop.clock_offset
+
+
+def test_a_newer_keyring_of_another_replica_is_told_of_once(data, clock):
+    """As raised, or as mirrored; one that is there already is no news."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    assert 0 == replica.heard.newer
+    data.open().rollout.raise_to(2, "kid")
+    clock.move(1)
+    replica.loop.round()
+    clock.move(1)
+    replica.loop.round()
+    assert 1 == replica.heard.newer
+    data.open().mirror.save(3, {"generation": 3})
+    clock.move(1)
+    replica.loop.round()
+    assert 2 == replica.heard.newer
+
+
+def test_the_store_is_cleaned_now_and_then_and_what_has_ended_is_dropped_here(data, clock):
+    """By clocks that do not run ahead."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    replica.loop.append([token()]).result(5)
+    clock.move(3599)
+    replica.loop.round()
+    assert 1 == len(replica.holder.revocations)
+    clock.wall += timedelta(days=1)
+    replica.loop.round()
+    assert 1 == len(replica.holder.revocations), "a wall clock that jumps ahead is not believed"
+    clock.seconds += 2
+    replica.loop.round()
+    assert 0 == len(replica.holder.revocations)
+
+
+# -- the threads -------------------------------------------------------------------------------------------------------
+
+
+def until(condition, within: float = 5.0) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+async def test_the_thread_reads_when_the_store_tells_and_ends_its_lease_at_the_end():
+    """Another replica's entry arrives long before the poll interval; an outage is told of and gets over."""
+    data = FakeStoreData()
+    replica = Replica(data, RealClock())
+    replica.loop.start()
+    try:
+        until(lambda: replica.holder.view is not None)
+        started = time.monotonic()
+        ends = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+        data.open().revocations.append(
+            [NewRevocation(kind=RevocationKind.TOKEN, value="token-number-000001", expires_at=ends)]
+        )
+        until(lambda: replica.holder.version == 1)
+        assert time.monotonic() - started < 0.5
+        data.down = True
+        assert not await replica.loop.read_again()
+        assert replica.loop.failing
+        with pytest.raises(StoreUnavailableError):
+            await replica.loop.revoke([token(2)])
+        data.down = False
+        assert await replica.loop.read_again()
+        assert not replica.loop.failing
+    finally:
+        replica.loop.stop()
+    (lease,) = data.open().replicas.renew(_report("two")).replicas[:1]
+    assert lease.replica_id != "one" or not lease.is_live(datetime.now(UTC))
+    assert not await replica.loop.read_again()
+
+
+async def test_who_revokes_does_not_wait_for_a_store_that_hangs():
+    """After the deadline it is told that it is not known."""
+    replica = Replica(FakeStoreData(), RealClock())
+    replica.store.revocations.append = lambda _: time.sleep(2)
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailableError, match="did not answer within"):
+        await replica.loop.revoke([token()])
+    assert time.monotonic() - started < 1.5
+
+
+async def test_a_stop_does_not_need_the_store():
+    """The lease ends by itself; that it could not be ended is told."""
+    data = FakeStoreData()
+    replica = Replica(data, RealClock())
+    replica.loop.start()
+    until(lambda: replica.heard.answered > 0)
+    data.down = True
+    asked = asyncio.ensure_future(replica.loop.read_again())
+    await asyncio.sleep(0)
+    await asyncio.to_thread(replica.loop.stop)
+    assert not await asked
+    assert replica.heard.failures
+
+
+def _report(name: str) -> ReplicaReport:
+    return ReplicaReport(replica_id=name, version="1", generation=1, revocation_version=0, lease=timedelta(seconds=15))
