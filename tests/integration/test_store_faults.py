@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -258,6 +260,31 @@ def test_sqlite_that_somebody_else_holds_is_an_error_in_time(tmp_path: Path):
         assert 0 == store.revocations.read(None).position.version
         other.execute("ROLLBACK")
     assert 1 == store.revocations.append([revoked(place)]).position.version
+    place.close()
+
+
+def test_killed_broker_loses_no_acknowledged_entry_in_sqlite(tmp_path: Path):
+    """kill -9 of a process that writes: each version that it printed is there, none is skipped, and others go on."""
+    place = SqlitePlace(tmp_path)
+    store = place.open()
+    start = store.revocations.read(None).position
+    code = (
+        "from support.store_places import *\nfrom pathlib import Path\n"
+        f"place = SqlitePlace(Path({str(tmp_path)!r}))\nstore = place.open()\n"
+        "while True: print(store.revocations.append([revoked(place)] * 3).position.version, flush=True)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(3):
+        writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        assert writer.stdout is not None
+        confirmed = [int(writer.stdout.readline()) for _ in range(5)]
+        writer.kill()
+        confirmed += [int(line) for line in writer.communicate()[0].splitlines() if line]
+        page = store.revocations.read(start)
+        assert not page.snapshot
+        assert max(confirmed) <= page.position.version
+        assert list(range(1, page.position.version + 1)) == [entry.version for entry in page.entries]
+        store.revocations.append([revoked(place)])
     place.close()
 
 

@@ -28,6 +28,14 @@ _CHANNEL: Final = "carnet_store"
 _MIGRATION_LOCK: Final = 0x6361726E6574
 """Any number, the same for all brokers: "carnet"."""
 _LEAST_CONNECT_TIMEOUT: Final = 2  # psycopg, as libpq, waits at least that long.
+_DEFAULTS: Final = {
+    "application_name": "carnet-broker",
+    "target_session_attrs": "read-write",
+    # The connection that listens sends nothing: that its host is gone shows by these, in half a minute.
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
 _CHECKED: Final = (
     ("synchronous_commit", "a revocation could be lost that was confirmed"),
     ("fsync", "a power failure could destroy the store"),
@@ -104,7 +112,14 @@ class PostgresBackend:
     def listener(self) -> _Listening:
         """Return a listener with a connection of its own."""
         with self.bounded(self._timeout):
-            return _Listening(self._connect())
+            connection = self._connect()
+            try:
+                connection.autocommit = True
+                connection.execute(f"LISTEN {_CHANNEL}")
+            except BaseException:
+                connection.close()
+                raise
+        return _Listening(connection)
 
     def _connect(self) -> psycopg.Connection[Any]:
         limit = min(self._timeout.total_seconds(), _bound.deadline - time.monotonic())
@@ -164,12 +179,10 @@ class _BoundedConnection(psycopg.Connection[Any]):
 
 
 class _Listening:
-    """LISTEN, on a connection of its own."""
+    """A connection that listens."""
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
-        self._connection.autocommit = True
-        self._connection.execute(f"LISTEN {_CHANNEL}")
         self._interrupted = threading.Event()
         self._reader, self._writer = os.pipe()
         self._selector = selectors.DefaultSelector()
@@ -206,8 +219,8 @@ def _parameters(url: URL) -> dict[str, Any]:
         raise ConfigError(_PASSWORD)
     if not _is_local(str(parameters.get("host", ""))):
         parameters.setdefault("sslmode", "verify-full")
-    parameters.setdefault("target_session_attrs", "read-write")
-    parameters.setdefault("application_name", "carnet-broker")
+    for name, value in _DEFAULTS.items():
+        parameters.setdefault(name, value)
     try:
         make_conninfo(**parameters)
     except psycopg.ProgrammingError as error:
