@@ -1,8 +1,13 @@
-"""Several rotation drivers over one Vault, interleaved call by call, with outages, deaths and lost keys.
+"""Several rotation drivers over one Vault and one store, interleaved call by call, with outages, deaths and lost keys;
+and the verifiers that they wait for.
 
 Hypothesis takes the part of the scheduler and of bad luck. Each driver does its rounds in a thread that stops before
-every call to Vault, so that any other may do anything in between; a call may be refused, take effect without an answer,
-or be the last thing that its process does.
+every call to Vault or to the store, so that any other may do anything in between; a call may be refused, take effect
+without an answer, or be the last thing that its process does. A replica can lose Vault, or the store, for a while.
+
+One case is left out, because the rules leave it open: breakglass changes the signer (which needs no permit) while
+nobody who knows of it can tell the store. Until somebody can, a replica that reaches the store and not Vault goes on
+with the signer that it knows. What it signs then is not held against anybody.
 """
 
 from __future__ import annotations
@@ -10,7 +15,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,17 +24,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from carnet_broker.core.keyring import TRANSITIONS, Keyring, KeyState
 from carnet_broker.core.requests import RequestKind
-from carnet_broker.ports import KeyStoreUnavailableError
+from carnet_broker.core.rollout import laggards
+from carnet_broker.ports import KeyStoreUnavailableError, ReplicasSeen, StoreUnavailableError
 from carnet_broker.signing import NoSigningKeyError
 from support.counts import count
 from support.keyrings import SECOND, TIMING
-from support.rotation import FAULTS, KilledError, ManualClock, Replica, Vault
+from support.rotation import FAULTS, KilledError, ManualClock, Replica, Vault, go_wrong
+from support.shared_store import LEASE, MAX_STALENESS
 
-WINDOW = TIMING.replica_lag + TIMING.poller_window
+WINDOW = TIMING.poller_window
 CALL_LASTS = 2 * SECOND
 """No call to Vault lasts longer: its timeout."""
 FAULT = st.sampled_from([None, None, None, *FAULTS])
 NUMBER = st.integers(0, 2)
+VERIFIER = st.integers(0, 3)
 
 
 class Round:
@@ -63,17 +72,15 @@ class Round:
         self.waits_before = name
         self._stopped.release()
         self._go.acquire()
-        if self._fault is None:
-            return call()
-        done, error = FAULTS[self._fault]
-        if done:
-            call()
-        raise error(name)
+        fault = self._fault
+        if self.replica.is_cut_off_from(name):
+            fault = {"killed after": "killed before", "killed before": "killed before"}.get(fault, "refused")
+        return call() if fault is None else go_wrong(name, call, fault)
 
     def _run(self) -> None:
         try:
             self.replica.tick()
-        except KeyStoreUnavailableError:
+        except (KeyStoreUnavailableError, StoreUnavailableError):
             pass
         except KilledError:
             self.killed = True
@@ -84,6 +91,52 @@ class Round:
             self._stopped.release()
 
 
+class Process(Replica):
+    """A replica that can lose Vault or the store, and whose lease a thread of its own renews."""
+
+    def __init__(self, vault: Vault) -> None:
+        super().__init__(vault)
+        self.without: str | None = None
+        """What it cannot reach: ``vault`` or ``store``."""
+        self.spoke_at = vault.clock.now()
+        """When it last spoke to the store."""
+        self.renew()
+
+    def is_cut_off_from(self, call: str) -> bool:
+        """Say whether `call` gets nowhere."""
+        return self.without == ("store" if call.startswith("store.") else "vault")
+
+    def replicas(self) -> ReplicasSeen:
+        """Return what the last renewal brought."""
+        return self.seen
+
+    def renew(self) -> None:
+        """Renew the lease, as the thread that speaks to the store does."""
+        if self.without != "store":
+            self.spoke_at = self.vault.clock.now()
+            self.seen = self.vault.shared.renew(self.replica_id, self.generation)
+
+    @property
+    def age(self) -> timedelta:
+        """How old what it tells its verifiers is."""
+        clock = self.vault.clock
+        return max(self.holder.view.age(clock.now(), clock.mono()), clock.now() - self.spoke_at)
+
+
+@dataclass
+class Watcher:
+    """A verifier that watches one replica, and loads what it is sent when Hypothesis says so."""
+
+    name: str
+    replica: Process
+    loaded: Keyring
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it does not refuse all tokens, because what it knows is too old."""
+        return self.replica.age <= MAX_STALENESS
+
+
 class RotationWorld(RuleBasedStateMachine):
     """Three replicas, one Vault, and whoever asks for rotations."""
 
@@ -92,7 +145,15 @@ class RotationWorld(RuleBasedStateMachine):
         """Begin with an empty Vault."""
         self.clock = ManualClock()
         self.vault = Vault(self.clock, versioned=versioned)
-        self.replicas = [Replica(self.vault) for _ in range(3)]
+        self.replicas = [Process(self.vault) for _ in range(3)]
+        self.watchers: dict[int, Watcher] = {}
+        self.joined = 0
+        self.permitted: set[str] = set()
+        self.lacked: dict[str, datetime] = {}
+        """For a key, when a live replica last served a set without it."""
+        self.replaced_by_breakglass: set[str] = set()
+        self.untold: dict[str, datetime] = {}
+        """For a key of these, when the mirror last had it for the signer."""
         self.rounds: dict[int, Round] = {}
         self.checked = 0
         self.asked_now: set[str] = set()
@@ -122,7 +183,7 @@ class RotationWorld(RuleBasedStateMachine):
         while number in self.rounds:
             self.call(number, None)
 
-    @rule(number=NUMBER, times=st.integers(0, 12), fault=st.sampled_from(list(FAULTS)))
+    @rule(number=NUMBER, times=st.integers(0, 20), fault=st.sampled_from(list(FAULTS)))
     def round_that_breaks(self, number: int, times: int, fault: str) -> None:
         """A replica does a round in which one call goes wrong."""
         self.begin(number)
@@ -143,7 +204,10 @@ class RotationWorld(RuleBasedStateMachine):
             going.replica.tap = lambda _, call: call()
         if going.killed:
             self.may_be_orphans |= {key.jwk.kid for key in going.replica.driver._unplaced}
-            self.replicas[number] = Replica(self.vault)
+            self.replicas[number] = Process(self.vault)
+        self.check_documents()
+        self.look_at_the_permit()
+        self.look_at_the_mirror()
 
     # -- the rest of the world -------------------------------------------------------------------------------------
 
@@ -169,6 +233,86 @@ class RotationWorld(RuleBasedStateMachine):
             if number in self.rounds:
                 self.rounds[number].waited += duration
         self.clock.pass_time(duration)
+        for _ in range(2):  # So that each has heard of all others.
+            for replica in self.replicas:
+                replica.renew()
+        self.look_at_the_mirror()
+        standby = self.vault.keyring.standby
+        if standby is None:
+            return
+        for replica in self.replicas:
+            view = replica.holder.view
+            if view is not None and view.keyring.get(standby.kid) not in view.keyring.published:
+                until = min(self.clock.now(), replica.spoke_at + LEASE)
+                self.lacked[standby.kid] = max(until, self.lacked.get(standby.kid, until))
+
+    # -- verifiers -------------------------------------------------------------------------------------------------
+
+    @rule(verifier=VERIFIER, number=NUMBER)
+    def a_verifier_joins(self, verifier: int, number: int) -> None:
+        """One comes, or goes to another replica; it may be told to load more first, and then is not counted there."""
+        replica = self.replicas[number]
+        if replica.holder.view is None or replica.without == "store":
+            return
+        known = self.watchers.get(verifier)
+        loaded = replica.holder.view.keyring
+        if known is not None and known.loaded.generation > loaded.generation:
+            loaded = known.loaded
+        self.joined += known is None
+        name = known.name if known is not None else f"pod-{self.joined}"
+        if self.vault.shared.join(name, replica.replica_id, loaded.generation):
+            self.watchers[verifier] = Watcher(name, replica, loaded)
+
+    @rule(verifier=VERIFIER)
+    def a_verifier_loads(self, verifier: int) -> None:
+        """It has what its replica serves, and says so, which the store may not hear."""
+        watcher = self.watchers.get(verifier)
+        if watcher is None or watcher.replica not in self.replicas:
+            return
+        keyring = watcher.replica.holder.view.keyring
+        if watcher.loaded.generation < keyring.generation:
+            watcher.loaded = keyring
+        if watcher.replica.without != "store":
+            self.vault.shared.acknowledge(watcher.name, watcher.replica.replica_id, watcher.loaded.generation)
+
+    @rule(verifier=VERIFIER)
+    def a_verifier_leaves(self, verifier: int) -> None:
+        """It ends, and says goodbye where somebody hears it."""
+        watcher = self.watchers.pop(verifier, None)
+        if watcher is not None and watcher.replica in self.replicas and watcher.replica.without != "store":
+            self.vault.shared.part(watcher.name, watcher.replica.replica_id)
+
+    @rule(number=NUMBER, what=st.sampled_from([None, None, "vault", "store"]))
+    def a_replica_loses_something(self, number: int, what: str | None) -> None:
+        """From now on it cannot reach Vault, or the store, or it can reach both again."""
+        self.replicas[number].without = what
+
+    def look_at_the_permit(self) -> None:
+        """Hold a permit to the rules, in the moment in which it is there."""
+        raised = self.vault.shared.row
+        permit = raised.permit
+        if permit is None or permit.kid in self.permitted:
+            return
+        self.permitted.add(permit.kid)
+        live = self.vault.shared.live()
+        assert [] == laggards(live, permit.generation)
+        if permit.overdue:
+            assert raised.raised_at + TIMING.acknowledge_within <= permit.given_at
+        else:
+            assert [] == [one for one in live if one.generation < permit.generation and not one.lagging]
+        lag = {session.instance_id for session in live if session.lagging}
+        for watcher in self.watchers.values():
+            if watcher.accepts and watcher.name not in lag:
+                assert watcher.loaded.get(permit.kid) in watcher.loaded.published
+        if permit.kid in self.lacked:
+            assert self.lacked[permit.kid] + TIMING.poller_window <= permit.given_at
+
+    def look_at_the_mirror(self) -> None:
+        """Note which keys the mirror has for the signer that breakglass has replaced: the case that is left out."""
+        mirrored = self.vault.shared.mirrored
+        signer = self.vault.history[mirrored - 1].active if mirrored else None
+        if signer is not None and signer.kid in self.replaced_by_breakglass:
+            self.untold[signer.kid] = self.clock.now()
 
     @rule(now=st.sampled_from([False, False, True]))
     def somebody_asks(self, now: bool) -> None:
@@ -199,17 +343,21 @@ class RotationWorld(RuleBasedStateMachine):
             kid = self.replicas[number].signs_with()
         except NoSigningKeyError:
             return
-        self.tokens.append((kid, self.clock.now() + TIMING.longest_life))
+        untold = self.untold.get(kid)
+        if untold is None or untold + TIMING.island < self.clock.now():
+            self.tokens.append((kid, self.clock.now() + TIMING.longest_life))
 
     @precondition(lambda self: len(self.vault.document.written) > 0)
     @rule()
     def quiet(self) -> None:
         """Everything works again: whatever happened, it comes to a good end by itself."""
+        for replica in self.replicas:
+            replica.without = None
         self.rest()
         if self.vault.bereft:
             # Whoever holds a key in memory does not miss it in Vault. Who starts without it does.
             assert self.vault.bereft <= self.lost
-            self.replicas = [Replica(self.vault) for _ in range(3)]
+            self.replicas = [Process(self.vault) for _ in range(3)]
             self.rest()
         keyring = self.vault.keyring
         assert (1, 1) == (len(keyring.in_state(KeyState.ACTIVE)), len(keyring.in_state(KeyState.STANDBY)))
@@ -268,7 +416,10 @@ class RotationWorld(RuleBasedStateMachine):
         if new is None:
             assert revoked
             assert before.standby is None
-        elif not revoked and not self.asked_now & set(new.answers):
+        elif revoked or self.asked_now & set(new.answers):
+            self.replaced_by_breakglass.add(old.kid)
+        else:
+            assert new.kid in self.permitted
             assert new.published_at + WINDOW <= new.activated_at
             if old.kid not in self.lost:
                 assert old.activated_at + min(TIMING.min_interval, TIMING.rotate_every) <= new.activated_at

@@ -284,11 +284,25 @@ def _follow(
                 return None
         elif result.status is not RequestStatus.ACCEPTED or not wait or elapsed > timeout:
             return result
-        elif result.message != told:
-            told = result.message
-            not_before = result.detail.get("not_before")
-            click.echo(f"{result.message}{f' (from {not_before})' if not_before else ''}", err=True)
+        elif (progress := _progress(result)) != told:
+            told = progress
+            click.echo(progress, err=True)
         time.sleep(_LOOK_EVERY)
+
+
+def _progress(result: RequestResult) -> str:
+    """Return what an accepted request waits for: until when, and for whom."""
+    detail = result.detail
+    text = result.message
+    if not_before := detail.get("not_before"):
+        text += f" (from {not_before})"
+    if deadline := detail.get("deadline"):
+        text += f" (or at {deadline} without those that lag)"
+    named = detail.get("waiting_for") or []
+    lines = [text, *(f"  waiting for {name}" for name in named)]
+    if (unnamed := detail.get("missing", 0) - len(named)) > 0:
+        lines.append(f"  and for {unnamed} more")
+    return "\n".join(lines)
 
 
 @keys.command()
