@@ -107,7 +107,7 @@ def test_rotate_that_is_not_done_in_time_ends_with_4_and_stands(quick):
     before = new_standby(quick)
     ended = keys(quick.place, "rotate", "--wait", "--timeout", "1ms", "--json")
     answer = json.loads(ended.out)
-    assert (4, "accepted", "WAITING_FOR_VERIFIERS") == (ended.code, answer["status"], answer["reason"])
+    assert (4, "accepted", "WAITING_FOR_POLLERS") == (ended.code, answer["status"], answer["reason"])
     last = ended.err.splitlines()[-1]
     assert f"error: not done within 1ms; the request {answer['request']} stands" == last
     quick.wait_for(lambda: active(quick.place) != before, "the rotation")
