@@ -18,12 +18,21 @@ from grpc_status import rpc_status
 
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, certificate_names, next_digest
 from carnet.v1 import token_pb2, token_pb2_grpc, trust_pb2, trust_pb2_grpc
-from carnet_broker.edges.store import open_store
-from carnet_broker.ports import NewRevocation
+from carnet_broker.edges.grpc.watch import UNANSWERED
+from support.attacks import connected
+from support.http2 import END_HEADERS, FrameType, frame, grpc_message, request_headers, settings
 from support.running_broker import ORDERS, OUTSIDER, PAYMENTS, RunningBroker, reason_of, start_broker
 from support.vault import VaultPlace, prepare
-from support.watching import RawVerifier, hello, watching
+from support.watching import (
+    RawVerifier,
+    hello,
+    revoke_a_token_in_store,
+    revoke_in_store,
+    revoke_many_in_store,
+    watching,
+)
 
+WATCH = "/carnet.v1.TrustService/Watch"
 SETTINGS = {
     "trust": {"heartbeat": "1s", "max_staleness": "20s"},
     "limits": {"revocations_per_second": 1000, "revocation_burst": 1000},
@@ -49,23 +58,6 @@ def revoke(broker: RunningBroker, token: str, spiffe_id: str = ORDERS) -> int:
         request = token_pb2.RevokeTokenRequest(token=token)
         answer = token_pb2_grpc.TokenServiceStub(channel).RevokeToken(request, timeout=10)
         return int(answer.revocation_version)
-
-
-def revoke_a_token_in_store(broker: RunningBroker) -> int:
-    """Revoke some token as another replica would."""
-    return revoke_in_store(broker, RevocationKind.TOKEN, secrets.token_urlsafe(16), timedelta(minutes=5))
-
-
-def revoke_in_store(broker: RunningBroker, kind: RevocationKind, value: str, life: timedelta | None) -> int:
-    """Revoke as another replica would: in the store, and nobody tells this broker but the store."""
-    store = open_store(f"sqlite:///{broker.directory.resolve()}/store.db")
-    try:
-        page = store.revocations.read(None)
-        ends = None if life is None else (page.read_at + life).replace(microsecond=0)
-        appended = store.revocations.append([NewRevocation(kind=kind, value=value, expires_at=ends)])
-        return appended.entries[-1].version
-    finally:
-        store.close()
 
 
 def is_version(version: int) -> Callable[[trust_pb2.WatchResponse], bool]:
@@ -365,8 +357,8 @@ def test_a_verifier_whose_stream_breaks_is_counted_until_it_would_be_stale(broke
 
 def test_streams_of_one_workload_are_bounded_and_leave_its_calls_alone(place, tmp_path):
     """One more than `limits.streams` is refused, and the calls of the workload have a count of their own."""
-    settings = SETTINGS | {"limits": {"streams": 3, "calls_in_flight": 2}}
-    with start_broker(place, tmp_path, settings=settings) as broker, ExitStack() as stack:
+    few = SETTINGS | {"limits": {"streams": 3, "calls_in_flight": 2}}
+    with start_broker(place, tmp_path, settings=few) as broker, ExitStack() as stack:
         for number in range(3):
             verifier = stack.enter_context(watching(broker, hello(f"v{number}")))
             verifier.wait_for(lambda response: response.HasField("key_set"))
@@ -386,6 +378,36 @@ def test_a_broker_that_drains_ends_its_streams_and_says_to_connect_again(place, 
         assert (grpc.StatusCode.UNAVAILABLE, "DRAINING", True) == (error.code(), reason_of(error), retry_hint(error))
         assert 0 == broker.process.wait(15)
         assert {"moves"} == sessions(broker)
+
+
+def test_a_verifier_that_takes_nothing_of_what_it_is_sent_is_cut(broker):
+    """It gives no window for an answer: it holds up nobody, its stream is ended, and its verifier is not counted."""
+    before = metric(broker, "carnet_trust_streams")
+    with connected(broker, PAYMENTS, listener="trust", own_settings=settings({4: 0})) as connection:
+        stream = connection.next_stream()
+        connection.send(
+            frame(FrameType.HEADERS, request_headers(WATCH), flags=END_HEADERS, stream=stream),
+            frame(FrameType.DATA, grpc_message(hello("stuck").SerializeToString()), stream=stream),
+        )
+        broker.wait_for(lambda: metric(broker, "carnet_trust_streams") > before, "the stream")
+        with watching(broker, hello("beside-it")) as verifier:
+            verifier.wait_for(lambda response: response.answered >= 2)
+        broker.wait_for(lambda: metric(broker, "carnet_trust_streams") <= before, "the stream to be cut")
+    assert any(entry.get("reason") == "SLOW_READER" for entry in broker.log())
+    assert "stuck" not in sessions(broker)
+
+
+def test_a_large_snapshot_comes_in_parts_and_is_loaded_whole(place, tmp_path):
+    """Each part fits into the limits of a client; a verifier that answers gets all of them."""
+    with start_broker(place, tmp_path, settings=SETTINGS) as broker:
+        version = revoke_many_in_store(broker, 9000)
+        broker.wait_for(lambda: metric(broker, "carnet_revocation_version") >= version, "the revocations")
+        with watching(broker) as verifier:
+            verifier.wait_for(lambda response: response.HasField("change") and not response.change.more)
+            parts = [response.change for _, response in verifier.responses if response.HasField("change")]
+            assert len(parts) > UNANSWERED
+            assert 9000 == sum(len(part.revocations) for part in parts)
+            verifier.wait_for(lambda response: response.live)
 
 
 # -- many of them ------------------------------------------------------------------------------------------------------

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Final
 
 import grpc
 
 from carnet import Identity
+from carnet.revocations import RevocationKind
 from carnet.tls import secure_channel
 from carnet.v1 import trust_pb2, trust_pb2_grpc
+from carnet_broker.edges.store import open_store
+from carnet_broker.ports import NewRevocation
 from support.running_broker import BROKER_NAME, PAYMENTS, RunningBroker
 
-__all__ = ["RawVerifier", "hello", "watching"]
+__all__ = [
+    "RawVerifier",
+    "hello",
+    "revoke_a_token_in_store",
+    "revoke_in_store",
+    "revoke_many_in_store",
+    "watching",
+]
 
 _END: Final = object()
 
@@ -76,7 +88,8 @@ class RawVerifier:
 
     def answer(self, number: int, position: trust_pb2.Position | None = None) -> None:
         """Answer a response, as loaded unless another position is given."""
-        answer = trust_pb2.WatchAnswer(number=number, position=position or self.position)
+        position = position or self.position
+        answer = trust_pb2.WatchAnswer(number=number, position=position if position.epoch else None)
         self.send(trust_pb2.WatchRequest(answer=answer))
 
     def goodbye(self) -> None:
@@ -130,3 +143,34 @@ def watching(
             yield verifier
         finally:
             verifier.close()
+
+
+def revoke_a_token_in_store(broker: RunningBroker) -> int:
+    """Revoke some token as another replica would."""
+    return revoke_in_store(broker, RevocationKind.TOKEN, secrets.token_urlsafe(16), timedelta(minutes=5))
+
+
+def revoke_in_store(broker: RunningBroker, kind: RevocationKind, value: str, life: timedelta | None) -> int:
+    """Revoke as another replica would: in the store, and nobody tells this broker but the store."""
+    store = open_store(f"sqlite:///{broker.directory.resolve()}/store.db")
+    try:
+        page = store.revocations.read(None)
+        ends = None if life is None else (page.read_at + life).replace(microsecond=0)
+        appended = store.revocations.append([NewRevocation(kind=kind, value=value, expires_at=ends)])
+        return appended.entries[-1].version
+    finally:
+        store.close()
+
+
+def revoke_many_in_store(broker: RunningBroker, count: int) -> int:
+    """Revoke that many tokens as another replica would; return the last version."""
+    store = open_store(f"sqlite:///{broker.directory.resolve()}/store.db")
+    try:
+        ends = (store.revocations.read(None).read_at + timedelta(hours=1)).replace(microsecond=0)
+        entries = [
+            NewRevocation(kind=RevocationKind.TOKEN, value=secrets.token_urlsafe(16), expires_at=ends)
+            for _ in range(count)
+        ]
+        return store.revocations.append(entries).position.version
+    finally:
+        store.close()
