@@ -36,7 +36,7 @@ class WatchProtocol:
         self._state = state
         self._instance_id = instance_id
         self._audience = audience
-        self._accepts_stale = accepts_stale
+        self.accepts_stale = accepts_stale
         self._sent: deque[tuple[int, Moment]] = deque()
         self._number = 0
         self._parts = PartCollector()
@@ -58,7 +58,7 @@ class WatchProtocol:
             self._audience,
             None if state.wants_all else state.position,
             min(state.max_staleness, _LONGEST_STALENESS),
-            self._accepts_stale or too_long,
+            self.accepts_stale or too_long,
         )
 
     def receive(self, response: Response, now: Moment) -> Outcome:

@@ -126,6 +126,10 @@ class _Watching:
         )
         return self._target, self._protocol
 
+    def _says_otherwise(self, protocol: WatchProtocol) -> bool:
+        """Say whether a Hello would be another one by now."""
+        return protocol.accepts_stale != self._choices.accepts_stale
+
     def _take(self, target: Target, protocol: WatchProtocol, message: WatchResponse) -> WatchRequest:
         """Load a message and return the answer to it. Raises `RefusedResponseError`."""
         response = watch_response(message)  # Before the lock: a large one takes a while.
@@ -293,6 +297,8 @@ class Watcher(_Watching):
                 self._requests = requests
                 if self._stopped.is_set():
                     self._take_leave()
+            if self._says_otherwise(protocol):  # Chosen since, and `renew` found no stream.
+                call.cancel()
             for message in call:
                 if self._stopped.is_set():
                     continue
@@ -312,7 +318,7 @@ class Watcher(_Watching):
             requests.finish()
             if requests.call is not None:
                 requests.call.cancel()
-        if self._stopped.is_set():
+        if self._stopped.is_set() or self._says_otherwise(protocol):
             return 0.0
         return self._ended(target, error, _SILENT if requests.timed_out else "")
 
@@ -396,7 +402,9 @@ class AsyncWatcher(_Watching):
         finally:
             call.cancel()
             await self._forget_reading()
-        return 0.0 if self._stopped else self._ended(target, error, why)
+        if self._stopped or self._says_otherwise(protocol):
+            return 0.0
+        return self._ended(target, error, why)
 
     async def _next(self, call: _Call, patience: float) -> WatchResponse | None:
         """Return the next message, None where there will be none, or none is wanted. Raises `TimeoutError`."""

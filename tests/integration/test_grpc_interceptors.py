@@ -32,10 +32,12 @@ from carnet.grpc import (
 from carnet.grpc.guard import Guard
 from carnet.grpc.refusals import Refusal, RefusedError
 from carnet.identity import Identity
+from carnet.revocations import RevocationKind, certificate_names
 from carnet.source import AsyncClient, Client
 from carnet.testing.ca import CertificateAuthority
 from carnet.tls import secure_channel as tls_channel
 from carnet.trust import Verifier
+from carnet.verify import parse_unverified
 from support.broker_stub import ISSUER, BrokerStub
 from support.grpc_services import KINDS, OWN, PAYMENTS_ID, SILENT, STACKS, TICKING, call, call_async, method, serve
 
@@ -379,6 +381,131 @@ def test_a_silent_stream_is_ended_too(stack: str, code: grpc.StatusCode, scene: 
             call(channel, "unary_stream", [SILENT], metadata=metadata)
         assert code is ended.value.code()
         assert 1 < time.monotonic() - started < 6
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_busy_stream_ends_when_its_token_is_revoked(stack: str, scene: Scene):
+    """Rule 11: the right ends now, and not with the token; a stream of another token goes on."""
+    token, other = scene.token(), scene.token()
+    ended: queue.Queue[tuple[float, grpc.RpcError]] = queue.Queue()
+    with serve(stack, scene.ca, CHARGE, scene.verifier) as target, scene.channel(target) as channel:
+        started = threading.Event()
+
+        def run(text: str, kind: str) -> None:
+            argument = TICKING if kind == "unary_stream" else _ticking()
+            metadata = [("authorization", f"Bearer {text}")]
+            try:
+                for _ in getattr(channel, kind)(method(kind))(argument, metadata=metadata, timeout=30):
+                    started.set()
+            except grpc.RpcError as error:
+                ended.put((time.monotonic(), error))
+
+        threads = [
+            threading.Thread(target=run, args=arguments)
+            for arguments in ((token, "unary_stream"), (token, "stream_stream"), (other, "stream_stream"))
+        ]
+        for thread in threads:
+            thread.start()
+        assert started.wait(10)
+        time.sleep(0.5)
+        assert ended.empty()
+        revoked_at = time.monotonic()
+        scene.broker.revoke(RevocationKind.TOKEN, _token_id(token))
+        for _ in range(2):
+            at, error = ended.get(timeout=5)
+            assert (grpc.StatusCode.UNAUTHENTICATED, Refusal.TOKEN_ENDED) == (error.code(), reason_of(error))
+            assert at - revoked_at < 1
+        for thread in threads:
+            thread.join(20)
+        assert ended.empty()
+
+
+def _ticking() -> Iterator[bytes]:
+    for _ in range(60):
+        yield b"x"
+        time.sleep(0.05)
+
+
+def _token_id(token: str) -> str:
+    return str(parse_unverified(token).unverified_payload["jti"])
+
+
+@pytest.mark.parametrize(
+    ("stack", "code"),
+    [("threads", grpc.StatusCode.CANCELLED), ("asyncio", grpc.StatusCode.UNAUTHENTICATED)],
+)
+def test_a_silent_stream_ends_when_the_certificate_of_its_caller_is_revoked(
+    stack: str, code: grpc.StatusCode, scene: Scene
+):
+    """T16: nothing passes on it, and within two seconds it is over."""
+    name = next(name for name in certificate_names(scene.orders.certificate) if name.startswith("serial:"))
+    metadata = [("authorization", f"Bearer {scene.token()}")]
+    with serve(stack, scene.ca, CHARGE, scene.verifier) as target, scene.channel(target) as channel:
+        answers = channel.unary_stream(method("unary_stream"))(SILENT, metadata=metadata, timeout=30)
+        assert [next(answers), next(answers)]  # It is silent from here on.
+        revoked_at = time.monotonic()
+        scene.broker.revoke(RevocationKind.CERTIFICATE, name)
+        with pytest.raises(grpc.RpcError) as ended:
+            list(answers)
+        assert code is ended.value.code()
+        assert time.monotonic() - revoked_at < 2.5
+        assert unauthenticated(Refusal.INVALID_TOKEN) == refusal(channel, "unary_unary", metadata[0][1])
+
+
+def test_a_stream_that_nobody_reads_ends_when_its_token_is_revoked(scene: Scene):
+    """A writer that is held up by its reader hears of it a second later."""
+    ended, begun = threading.Event(), threading.Event()
+
+    async def flood(_: bytes, __: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ANN401 - a generator
+        try:
+            while True:
+                begun.set()
+                yield b"x" * 100_000
+        finally:
+            ended.set()
+
+    token = scene.token()
+    with (
+        serve("asyncio", scene.ca, CHARGE, scene.verifier, unary_stream=flood) as target,
+        scene.channel(target) as channel,
+    ):
+        answers = channel.unary_stream(method("unary_stream"))(
+            b"x", metadata=[("authorization", f"Bearer {token}")], timeout=30
+        )
+        assert begun.wait(10)
+        time.sleep(0.5)
+        scene.broker.revoke(RevocationKind.TOKEN, _token_id(token))
+        assert ended.wait(5)
+        with pytest.raises(grpc.RpcError) as refused:
+            list(answers)
+        assert Refusal.TOKEN_ENDED == reason_of(refused.value)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_method_may_go_on_with_what_is_too_old_by_its_rule(stack: str, scene: Scene):
+    """`require(..., on_stale="accept")` for one method; the others cannot tell. The broker hears of it beforehand."""
+    rules = CHARGE | {method("unary_unary"): require(scopes=["charge"], on_stale="accept")}
+    bearer = f"Bearer {scene.token()}"
+    settings = scene.verifier | {"max_staleness": timedelta(seconds=1)}
+    scene.broker.heartbeat = timedelta(milliseconds=200)
+    with serve(stack, scene.ca, rules, settings) as target, scene.channel(target) as channel:
+        assert call(channel, "unary_unary", [b"x"], metadata=[("authorization", bearer)])
+        assert call(channel, "unary_stream", [b"x"], metadata=[("authorization", bearer)])
+        deadline = time.monotonic() + 5
+        while not any(hello.accepts_stale for hello in scene.broker.hellos):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        scene.broker.down()
+        time.sleep(1.5)
+        assert call(channel, "unary_unary", [b"x"], metadata=[("authorization", bearer)])
+        assert (grpc.StatusCode.UNAVAILABLE, "KEY_SET_UNAVAILABLE") == refusal(channel, "unary_stream", bearer)[:2]
+
+
+def test_a_rule_with_another_choice_than_refuse_and_accept_is_refused():
+    """When the rule is made."""
+    for make in (lambda: require(scopes=["charge"], on_stale="shrug"), lambda: allow_any_scope(on_stale="shrug")):
+        with pytest.raises(ConfigError, match="on_stale is 'shrug': give 'refuse' or 'accept'"):
+            make()
 
 
 @pytest.mark.parametrize("stack", STACKS)
