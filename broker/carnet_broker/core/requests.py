@@ -29,8 +29,8 @@ NAMED_LAGGARDS: Final = 20
 
 _WAITS: Final = {
     Hold.STORE: "a new key needs the shared store, which does not answer",
-    Hold.REPLICAS: "the standby key becomes the signer when every broker serves it, and every verifier can have it",
-    Hold.POLLERS: "the standby key becomes the signer when every verifier can have it, also the slowest that polls",
+    Hold.REPLICAS: "the standby key becomes the signer when every broker serves it and every verifier can have it",
+    Hold.POLLERS: "the standby key becomes the signer when every verifier can have it",
     Hold.VERIFIERS: "the standby key becomes the signer when every live verifier has loaded it",
 }
 
