@@ -89,7 +89,8 @@ def test_rotate_with_wait_ends_with_0_when_the_new_key_signs(quick):
     answer = json.loads(ended.out)
     assert (0, "done", "ROTATED") == (ended.code, answer["status"], answer["reason"])
     assert before != active(quick.place) == answer["detail"]["active_kid"]
-    (progress,) = ended.err.splitlines()
+    # Before it, a broker may have had to load the standby.
+    *_, progress = ended.err.splitlines()
     assert progress.startswith("the standby key becomes the signer when every verifier can have it (from ")
 
 
@@ -98,7 +99,7 @@ def test_rotate_without_wait_ends_with_0_when_it_is_accepted(quick):
     before = new_standby(quick)
     ended = keys(quick.place, "rotate")
     assert (0, "") == (ended.code, ended.err)
-    assert "accepted: the standby key becomes the signer when every verifier can have it\n" == ended.out
+    assert ended.out.startswith("accepted: the standby key becomes the signer when every ")
     quick.wait_for(lambda: active(quick.place) != before, "the rotation")
 
 
@@ -107,7 +108,8 @@ def test_rotate_that_is_not_done_in_time_ends_with_4_and_stands(quick):
     before = new_standby(quick)
     ended = keys(quick.place, "rotate", "--wait", "--timeout", "1ms", "--json")
     answer = json.loads(ended.out)
-    assert (4, "accepted", "WAITING_FOR_POLLERS") == (ended.code, answer["status"], answer["reason"])
+    assert (4, "accepted") == (ended.code, answer["status"])
+    assert answer["reason"] in {"WAITING_FOR_REPLICAS", "WAITING_FOR_POLLERS"}
     last = ended.err.splitlines()[-1]
     assert f"error: not done within 1ms; the request {answer['request']} stands" == last
     quick.wait_for(lambda: active(quick.place) != before, "the rotation")
