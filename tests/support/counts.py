@@ -37,6 +37,7 @@ TABLE: Final[dict[str, tuple[int, int]]] = {
     # TLS
     "handshakes_in_a_burst": (300, 3_000),
     "seconds_of_storm": (8, 90),
+    "trust_state": (300, 20_000),
     # sizes
     "tokens_with_an_unknown_key": (20_000, 100_000),
     "grants_in_one_policy": (20_000, 100_000),
