@@ -23,12 +23,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from carnet.admission import Admission
 from carnet.errors import CarnetError
 from carnet.log_lines import LineLimit
-from carnet.v1 import token_pb2_grpc, trust_pb2_grpc
+from carnet.v1 import admin_pb2_grpc, token_pb2_grpc, trust_pb2_grpc
 from carnet_broker.config import BrokerConfig, host_and_port
 from carnet_broker.core.minting import MintingRules
 from carnet_broker.core.readiness import Readiness, judge_readiness
 from carnet_broker.core.workload import IdentityCache, LeafRules, Workload
 from carnet_broker.disk_thread import DiskThread
+from carnet_broker.edges.grpc.admin import AdminServicer
 from carnet_broker.edges.grpc.calls import AuthContext, AuthenticatedCalls, CallLimits
 from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, bind, connections_within, new_server
 from carnet_broker.edges.grpc.refused_calls import refusal_record
@@ -61,6 +62,8 @@ from carnet_broker.watched import Watched
 __all__ = ["Broker", "SystemClock"]
 
 _PLAIN_CONNECTIONS: Final = 512
+_ADMIN_CONNECTIONS: Final = 256
+_ADMIN_IDLE: Final = timedelta(minutes=1)
 _OTHER_DESCRIPTORS: Final = 128
 """Files, Vault, and what gRPC needs for itself."""
 _LOOK_AT_FILES_EVERY: Final = 1.0
@@ -200,9 +203,11 @@ class Broker:
             handshake_timeout=config.limits.handshake_timeout,
             connection_age=config.limits.connection_age,
         )
+        few = replace(limits, max_connections=_ADMIN_CONNECTIONS, connection_idle=_ADMIN_IDLE)
         # Streams last, and must not take the place of calls.
-        tokens, trust = new_server(limits), new_server(replace(limits, max_concurrent_calls=limits.max_connections))
-        on_tokens, on_trust = (
+        many = replace(limits, max_concurrent_calls=limits.max_connections)
+        tokens, trust, admin = new_server(limits), new_server(many), new_server(few)
+        on_tokens, on_trust, on_admin = (
             AuthenticatedCalls(
                 self._authenticate,
                 self.telemetry,
@@ -214,7 +219,7 @@ class Broker:
                 ),
                 record=self._record_refusal,
             ).on(server)
-            for server in (tokens, trust)
+            for server in (tokens, trust, admin)
         )
         health_servicer = health.aio.HealthServicer()
         token_servicer = TokenServicer(self._issuer, self._revoker, self._clock)
@@ -230,12 +235,16 @@ class Broker:
             watchers=watchers,
         )
         trust_pb2_grpc.add_TrustServiceServicer_to_server(trust_servicer, on_trust)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self._new_admin_servicer(), on_admin)
         for registration in (on_tokens, on_trust):
             health_pb2_grpc.add_HealthServicer_to_server(health_servicer, registration)
-        tls = {name: MutualTls(lambda: self._tls.value.pems, limits) for name in ("tokens", "trust")}
-        for name, server, address in (("tokens", tokens, config.listen.tokens), ("trust", trust, config.listen.trust)):
-            port = bind(server, address, tls[name], setting=f"listen.{name}")
-            self.addresses[name] = f"{address.rpartition(':')[0]}:{port}"
+        servers = {
+            "tokens": (tokens, config.listen.tokens),
+            "trust": (trust, config.listen.trust),
+            "admin": (admin, config.listen.admin),
+        }
+        tls = {name: MutualTls(lambda: self._tls.value.pems, few if name == "admin" else limits) for name in servers}
+        self._bind(servers, tls)
         plain_socket = listen(*host_and_port(config.listen.plain), setting="listen.plain")
         self.addresses["plain"] = f"{config.listen.plain.rpartition(':')[0]}:{plain_socket.getsockname()[1]}"
         plain = new_plain_server(
@@ -249,12 +258,11 @@ class Broker:
         )
         self._keyring_loop.start()
         self._shared.loop.start()
-        await asyncio.gather(tokens.start(), trust.start())
+        await asyncio.gather(*(server.start() for server, _ in servers.values()))
         plain_task = loop.create_task(plain.serve(sockets=[plain_socket]))
         watch_task = loop.create_task(self._watch_files(health_servicer), name="carnet-files")
         parts = {
-            "tokens": loop.create_task(_termination(tokens)),
-            "trust": loop.create_task(_termination(trust)),
+            **{name: loop.create_task(_termination(server)) for name, (server, _) in servers.items()},
             "plain": plain_task,
             "files": watch_task,
         }
@@ -275,13 +283,30 @@ class Broker:
         drain = config.limits.drain.total_seconds()
         drained_at = self._clock.mono() + drain
         watchers.drain()
-        await asyncio.gather(tokens.stop(drain), trust.stop(drain))
+        await asyncio.gather(*(server.stop(drain) for server, _ in servers.values()))
         plain.should_exit = True
         watch_task.cancel()
         await asyncio.gather(plain_task, watch_task, return_exceptions=True)
         await self._close(drained_at)
         self.telemetry.log.info("stopped")
         return told_to_stop
+
+    def _new_admin_servicer(self) -> AdminServicer:
+        administration = self._shared.new_administration(
+            policy=lambda: self._policy.value,
+            revoker=self._revoker,
+            keys=self._holder,
+            keyring_loop=self._keyring_loop,
+            audit=self._audit,
+            record=self._commit,
+        )
+        return AdminServicer(administration)
+
+    def _bind(self, servers: Mapping[str, tuple[grpc.aio.Server, str]], tls: Mapping[str, MutualTls]) -> None:
+        """Bind each server to its address. Raises `ConfigError`."""
+        for name, (server, address) in servers.items():
+            port = bind(server, address, tls[name], setting=f"listen.{name}")
+            self.addresses[name] = f"{address.rpartition(':')[0]}:{port}"
 
     async def _close(self, drained_at: float) -> None:
         """End the threads, and write out what is left of the audit record by `drained_at`, or a little later."""
@@ -354,7 +379,9 @@ class Broker:
         """
         wanted = self._config.limits.connections
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        possible = connections_within((descriptors - _PLAIN_CONNECTIONS - _OTHER_DESCRIPTORS) // 2)
+        possible = connections_within(
+            (descriptors - _PLAIN_CONNECTIONS - 2 * _ADMIN_CONNECTIONS - _OTHER_DESCRIPTORS) // 2
+        )
         if possible < wanted:
             self.telemetry.log.warning("connections_limited", wanted=wanted, possible=possible, descriptors=descriptors)
         return max(1, min(wanted, possible))

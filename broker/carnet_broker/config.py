@@ -21,7 +21,7 @@ from carnet_broker.core.keyring import Timing
 from carnet_broker.core.marked_yaml import Duration, Section, read_yaml, validate
 from carnet_broker.edges.grpc.configurations import SETTLED_AFTER
 
-__all__ = ["BrokerConfig", "load_config"]
+__all__ = ["BrokerConfig", "host_and_port", "is_loopback", "load_config"]
 
 
 def _duration_or_zero(value: object) -> timedelta:
@@ -59,7 +59,8 @@ def _is_host(host: str) -> bool:
     return True
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Say whether `host` is an address of this machine that others cannot reach."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -283,7 +284,7 @@ class BrokerConfig(Section):
     @classmethod
     def _is_guarded(cls, value: Listeners) -> Listeners:
         host = host_and_port(value.admin)[0]
-        if not (value.admin_beyond_loopback or _is_loopback(host)):
+        if not (value.admin_beyond_loopback or is_loopback(host)):
             msg = f"admin: {host} is not a loopback address; set admin_beyond_loopback: true if others are to reach it"
             raise ValueError(msg)
         return value

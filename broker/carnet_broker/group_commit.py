@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from datetime import timedelta
 from typing import Final
 
-from carnet_broker.core.ledger import IssueRecord, RevocationRecord
+from carnet_broker.core.ledger import DurableRecord
 from carnet_broker.ports import AuditUnavailableError
 
 __all__ = ["GroupCommit"]
@@ -28,7 +28,7 @@ class GroupCommit:
 
     def __init__(
         self,
-        write: Callable[[Sequence[IssueRecord | RevocationRecord]], None],
+        write: Callable[[Sequence[DurableRecord]], None],
         executor: Executor,
         *,
         deadline: timedelta,
@@ -40,7 +40,7 @@ class GroupCommit:
         self._write = write
         self._executor = executor
         self._deadline = deadline.total_seconds()
-        self._waiting: list[tuple[Sequence[IssueRecord | RevocationRecord], asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Sequence[DurableRecord], asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
         self._writing = 0
         self._writing_since = 0.0
@@ -51,7 +51,7 @@ class GroupCommit:
         """How many records wait, or are in a write that has not returned."""
         return self._writing + sum(len(records) for records, done in self._waiting if not done.done())
 
-    async def __call__(self, records: Sequence[IssueRecord | RevocationRecord]) -> None:
+    async def __call__(self, records: Sequence[DurableRecord]) -> None:
         """Return when `records` are durable. Raises `AuditUnavailableError`, after the deadline at the latest.
 
         A caller that gives up or is cancelled while its records wait leaves no record. One whose records are being
@@ -93,7 +93,7 @@ class GroupCommit:
         finally:
             self._writer = None
 
-    def _next_group(self) -> list[tuple[Sequence[IssueRecord | RevocationRecord], asyncio.Future[None]]]:
+    def _next_group(self) -> list[tuple[Sequence[DurableRecord], asyncio.Future[None]]]:
         """Take all that wait. Who gave up gets no token, so its record would tell of one that never was."""
         group, self._waiting = self._waiting, []
         return [(records, done) for records, done in group if not done.done()]

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from carnet.errors import CarnetError
 from carnet_broker.core.keyring import Keyring, KeyState
 from carnet_broker.ports import Clock, KeyStoreUnavailableError, StoreUnavailableError
-from carnet_broker.rotation import RotationDriver
+from carnet_broker.rotation import RotationDriver, RotationProgress
 
 __all__ = ["KeyringLoop", "UnknownKeyError", "VaultEvents"]
 
@@ -75,6 +75,11 @@ class KeyringLoop:
     def without_store(self) -> bool:
         """Whether the last round could not do what needs the shared store."""
         return self._without_store
+
+    @property
+    def progress(self) -> RotationProgress | None:
+        """How the last round that read the document left the keyring, None before the first."""
+        return self._driver.progress
 
     def round(self, *, revoke: Sequence[str] = ()) -> float:
         """Do one round in the calling thread, and return the seconds until the next. Raises what the round raises.

@@ -18,7 +18,7 @@ from carnet.durations import format_duration
 from carnet.errors import ConfigError, InvalidIdentityError
 from carnet.identity import Identity
 from carnet.spiffe import server_dns_name
-from carnet_broker.config import BrokerConfig
+from carnet_broker.config import BrokerConfig, host_and_port, is_loopback
 from carnet_broker.core.policy import Policy, load_policy
 from carnet_broker.core.workload import TrustBundle
 from carnet_broker.edges.grpc.listeners import TlsPems
@@ -61,6 +61,13 @@ def load_policy_file(config: BrokerConfig) -> Policy:
     policy = load_policy(_read(file, "policy_file"), str(file))
     if policy.issuer != config.issuer:
         msg = f"{file}: the policy is for issuer {policy.issuer}, this broker is {config.issuer}; use that one's policy"
+        raise ConfigError(msg)
+    admin_host = host_and_port(config.listen.admin)[0]
+    if not (policy.admins or is_loopback(admin_host)):
+        msg = (
+            f"{file}: the policy names no admins, and listen.admin {admin_host} of this broker can be reached by"
+            " others; name who may use the admin port, or listen on 127.0.0.1"
+        )
         raise ConfigError(msg)
     _check_lives(policy, config)
     return policy

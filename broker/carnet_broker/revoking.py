@@ -66,7 +66,9 @@ class Revoker:
             by = str(workload.spiffe_id)
             claims = self._own(workload, token)
             entry = revocation_of_token(claims, now=now, rules=self._rules, by=by, reason="by its holder")
-            return 0 if entry is None else await self.revoke(entry, certificate=workload.thumbprint)
+            if entry is None:
+                return 0
+            appended = await self.revoke(entry, certificate=workload.thumbprint)
         except RefusedError as error:
             refused = RefusalRecord(
                 at=now,
@@ -77,6 +79,8 @@ class Revoker:
             )
             self._audit.refusal(refused)
             raise
+        else:
+            return appended.entries[-1].version
 
     def _admit(self, workload: Workload, mono: float) -> None:
         retry_after = self._admission.admit(str(workload.spiffe_id), 1, mono)
@@ -84,8 +88,11 @@ class Revoker:
             text = "too many requests of this workload"
             raise RefusedError(Refusal(RefusalReason.TOO_MANY_REQUESTS, text, retry_after))
 
-    async def revoke(self, entry: NewRevocation, *, certificate: str) -> int:
-        """Make `entry` durable, record it, and return its version. Raises `RefusedError` where the store cannot."""
+    async def revoke(self, entry: NewRevocation, *, certificate: str) -> Appended:
+        """Make `entry` durable, record it, and return how it was written. Raises `RefusedError` where the store cannot.
+
+        `certificate`: the leaf of whoever asks, by its ``x5t#S256``.
+        """
         try:
             appended = await self._append([entry])
         except StoreUnavailableError as error:
@@ -111,7 +118,7 @@ class Revoker:
         except AuditUnavailableError as error:
             # It holds, and must: whoever revokes cannot wait for a disk.
             self._unrecorded(error)
-        return appended.entries[-1].version
+        return appended
 
     def _own(self, workload: Workload, token: str) -> Claims:
         """Return what `token` says, if it is one of `workload`. Raises `RefusedError`, the same for all that is not."""

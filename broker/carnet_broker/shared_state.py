@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib.metadata import version as version_of
@@ -15,7 +16,10 @@ from cryptography import x509
 from carnet.admission import Admission
 from carnet.errors import ConfigError
 from carnet.revocations import certificate_names
+from carnet_broker.acknowledgements import Acknowledgements, NotedLog
+from carnet_broker.administration import Administration
 from carnet_broker.config import BrokerConfig
+from carnet_broker.core.ledger import KeyRevocationRecord
 from carnet_broker.core.policy import Policy
 from carnet_broker.core.revocation import RevocationRules
 from carnet_broker.core.unauthenticated import IdentityReason, UnauthenticatedError
@@ -24,8 +28,10 @@ from carnet_broker.edges.grpc.trust_knowledge import TrustKnowledge
 from carnet_broker.edges.grpc.watch import Watchers, WatchRules
 from carnet_broker.edges.store import open_store
 from carnet_broker.issuance import Refusal, RefusalReason
-from carnet_broker.ports import Clock, StoreUnavailableError
+from carnet_broker.keyring_loop import KeyringLoop
+from carnet_broker.ports import AuditSink, Clock, StoreUnavailableError
 from carnet_broker.revocation_view import RevocationHolder
+from carnet_broker.revoking import Revoker
 from carnet_broker.signing import KeyringHolder, KeyringView
 from carnet_broker.store_loop import StoreLoop, StorePorts, StoreTiming
 from carnet_broker.telemetry import Telemetry
@@ -37,6 +43,9 @@ CLOCK_IS_OFF: Final = timedelta(seconds=5)
 CLOCK_IS_USELESS: Final = timedelta(seconds=15)
 """From here on it issues nothing: its times would be wrong by more than verifiers allow."""
 _TRY_AGAIN_AFTER: Final = 0.25
+_ADMIN_CALLS_PER_SECOND: Final = 50
+_ADMIN_BURST: Final = 500
+"""Calls of one admin at once: a list of stolen tokens is long, and must not have to wait."""
 
 
 class SharedState:
@@ -72,9 +81,11 @@ class SharedState:
             leeway=config.keys.leeway,
             skew=config.keys.skew,
         )
+        self._acknowledgements = Acknowledgements(clock)
+        self._admin_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="carnet-admin")
         self.loop = StoreLoop(
             StorePorts(
-                log=self.store.revocations,
+                log=NotedLog(self.store.revocations, self._acknowledgements),
                 sessions=self.store.sessions,
                 rollout=self.store.rollout,
                 leases=self.store.replicas,
@@ -112,7 +123,40 @@ class SharedState:
         )
         rules = WatchRules(replica_id=self.replica_id, heartbeat=config.trust.heartbeat, max_age=config.keys.max_age)
         admission = Admission(rate=limits.key_sets_per_second, burst=limits.streams)
-        return Watchers(known, rules, self._clock, admission, self._telemetry.trust, report=self.loop.report)
+        report = self._acknowledgements.reporting(self.loop.report)
+        return Watchers(known, rules, self._clock, admission, self._telemetry.trust, report=report)
+
+    def new_administration(
+        self,
+        *,
+        policy: Callable[[], Policy],
+        revoker: Revoker,
+        keys: KeyringHolder,
+        keyring_loop: KeyringLoop,
+        audit: AuditSink,
+        record: Callable[[Sequence[KeyRevocationRecord]], Awaitable[None]],
+    ) -> Administration:
+        """Return what serves those who run the brokers. `record` makes records durable."""
+        return Administration(
+            policy=policy,
+            revoker=revoker,
+            rules=self.rules,
+            revocations=self.revocations,
+            keys=keys,
+            keyring_loop=keyring_loop,
+            timing=self._config.timing(),
+            store=self.loop,
+            sessions=self.store.sessions,
+            rollout=self.store.rollout,
+            acknowledgements=self._acknowledgements,
+            store_threads=self._admin_threads,
+            store_timeout=self._config.store.timeout + timedelta(seconds=1),
+            admission=Admission(rate=_ADMIN_CALLS_PER_SECOND, burst=_ADMIN_BURST),
+            audit=audit,
+            record=record,
+            unrecorded=self._telemetry.trust.revocation_unrecorded,
+            clock=self._clock,
+        )
 
     async def open(self) -> None:
         """Bring the tables up to date, and read the revocations. Raises `ConfigError` if the store cannot be used.
@@ -135,6 +179,7 @@ class SharedState:
     def close(self) -> None:
         """End the lease, the threads and the connections."""
         self.loop.stop()
+        self._admin_threads.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
     def check_leaf(self, workload: Workload) -> Workload:

@@ -205,7 +205,7 @@ def write_broker_files(
     config: dict[str, Any] = {
         "issuer": ISSUER,
         "policy_file": "policy.yaml",
-        "listen": {"tokens": "127.0.0.1:0", "trust": "127.0.0.1:0", "plain": "127.0.0.1:0"},
+        "listen": dict.fromkeys(("tokens", "trust", "plain", "admin"), "127.0.0.1:0"),
         "tls": {"certificate_file": "broker.pem", "key_file": "broker-key.pem", "client_ca_file": "ca.pem"},
         "vault": {
             "address": vault.address,
@@ -253,7 +253,7 @@ def start_broker(
             assert process.poll() is None, f"the broker ended: {(directory / 'log').read_text()}"
             assert time.monotonic() < deadline, f"the broker does not serve: {(directory / 'log').read_text()}"
             time.sleep(0.05)
-        broker.addresses = {name: serving[0][name] for name in ("tokens", "trust", "plain")}
+        broker.addresses = {name: serving[0][name] for name in ("tokens", "trust", "plain", "admin")}
         yield broker
     finally:
         if process.poll() is None:

@@ -18,9 +18,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-__all__ = ["MAX_LINE_BYTES", "MAX_REFUSAL_BYTES", "DroppedRecord", "IssueRecord", "OpenedRecord", "RefusalRecord"]
+__all__ = [
+    "MAX_LINE_BYTES",
+    "MAX_REFUSAL_BYTES",
+    "DroppedRecord",
+    "DurableRecord",
+    "IssueRecord",
+    "KeyRevocationRecord",
+    "OpenedRecord",
+    "RefusalRecord",
+    "RevocationRecord",
+]
 
 MAX_LINE_BYTES: Final = 256 * 1024
 """No line is longer, whatever its fields hold. The line of an issue is about 500 bytes."""
@@ -144,6 +154,40 @@ class RevocationRecord:
         if self.reason:
             members["reason"] = _text(self.reason, _MAX_TEXT)
         return _line("revocation", self.at, members)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRevocationRecord:
+    """A signing key was revoked: no verifier that has the key set of this generation trusts it."""
+
+    at: datetime
+    kid: str
+    generation: int
+    """The keyring's, in which it is revoked."""
+    active: str
+    """The key that signs since, empty where there is none."""
+    by: str
+    """The SPIFFE ID of whoever asked."""
+    certificate: str
+    """The leaf of whoever asked, by its ``x5t#S256``."""
+    peer: str
+    """The address of the other side."""
+
+    def to_line(self) -> bytes:
+        """Return the record as a line."""
+        members: dict[str, Any] = {
+            "kid": _text(self.kid, _MAX_TEXT),
+            "generation": self.generation,
+            "active": _text(self.active, _MAX_TEXT),
+            "by": _text(self.by, _MAX_SPIFFE_ID),
+            "certificate": _text(self.certificate, _MAX_TEXT),
+            "peer": _text(self.peer, _MAX_TEXT),
+        }
+        return _line("key_revocation", self.at, members)
+
+
+DurableRecord: TypeAlias = IssueRecord | RevocationRecord | KeyRevocationRecord
+"""What is durable before anybody is answered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from carnet.errors import CarnetError
-from carnet_broker.core.ledger import IssueRecord, RefusalRecord, RevocationRecord
+from carnet_broker.core.ledger import DurableRecord, RefusalRecord
 
 __all__ = ["AuditSink", "AuditUnavailableError"]
 
@@ -21,7 +21,7 @@ class AuditUnavailableError(CarnetError):
 class AuditSink(Protocol):
     """Where every issue and every refusal is recorded before the caller hears of it."""
 
-    def issue(self, records: Sequence[IssueRecord | RevocationRecord]) -> None:
+    def issue(self, records: Sequence[DurableRecord]) -> None:
         """Make the intents to issue durable before returning: those of one call together, which costs what one costs.
 
         Raises `AuditUnavailableError`; then nothing is issued, although some of the intents may stand in the record.

@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 from carnet.errors import CarnetError
 from carnet_broker.core.workload import UnauthenticatedError
 from carnet_broker.issuance import RefusalReason, RefusedError
+from carnet_broker.keyring_loop import UnknownKeyError
 
 __all__ = [
     "CODES",
@@ -137,6 +138,7 @@ _TOLD: Final[Mapping[type[CarnetError], tuple[grpc.StatusCode, str, timedelta | 
     SilentError: (grpc.StatusCode.DEADLINE_EXCEEDED, "the verifier did not answer in time", None),
     SlowReaderError: (grpc.StatusCode.DEADLINE_EXCEEDED, "the caller does not take what it is sent", None),
     SlowRequestError: (grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not come in time", None),
+    UnknownKeyError: (grpc.StatusCode.NOT_FOUND, "the keyring has no such key: see carnet-broker keys status", None),
     NoSuchMethodError: (grpc.StatusCode.UNIMPLEMENTED, "there is no such method", None),
 }
 """What the caller is told of the errors that have no refusal."""

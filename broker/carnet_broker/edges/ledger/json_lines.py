@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from carnet.errors import ConfigError
-from carnet_broker.core.ledger import IssueRecord, OpenedRecord, RefusalRecord, RevocationRecord
+from carnet_broker.core.ledger import DurableRecord, OpenedRecord, RefusalRecord
 from carnet_broker.edges.ledger.files import LedgerFile, mend
 from carnet_broker.edges.ledger.refusals import RefusalFiles
 from carnet_broker.ports import AuditUnavailableError
@@ -127,7 +127,7 @@ class JsonLinesAudit:
         since = self._writing_since
         return since is not None and self._mono() - since > self._deadline
 
-    def issue(self, records: Sequence[IssueRecord | RevocationRecord]) -> None:
+    def issue(self, records: Sequence[DurableRecord]) -> None:
         """Make the intents to issue durable.
 
         Raises `AuditUnavailableError`: at once while the last failure stands or another caller's write hangs, and after
