@@ -99,6 +99,8 @@ class _Stream:
     count: int = 0
     """Responses that were sent."""
     answered: int = 0
+    held_back: bool = False
+    """Whether there is more to send than may be on its way."""
     midway: bool = False
     """Whether the last response that was sent is part of a change that goes on."""
     resyncs: int = 0
@@ -239,7 +241,9 @@ class Watchers:
             self._resync(stream, position)
         elif position is not None:
             self._report(stream, before, position)
-        stream.wake.set()
+        # An answer alone is no reason to say something: most of them follow a push, one from each verifier.
+        if stream.held_back or stream.tell:
+            stream.wake.set()
 
     def _resync(self, stream: _Stream, position: Position | None) -> None:
         """Go on from where the verifier says that it is: it did not load what it was sent."""
@@ -252,6 +256,9 @@ class Watchers:
     def _report(self, stream: _Stream, before: Position | None, position: Position) -> None:
         """Tell the store how far the verifier is, where that is news."""
         keys = self.known.keys.view
+        if before is not None and before.epoch != position.epoch:
+            # The store was restored, and has forgotten the session.
+            stream.joined = stream.live = False
         if stream.joined:
             news = before is None or (before.generation, before.revocation_version) != (
                 position.generation,
@@ -351,6 +358,7 @@ class Watchers:
                 push, encoded = queue.pop(0)
                 await self._send(call, stream, push, encoded, keys, log)
                 heartbeat_at = self._clock.mono() + self._next_heartbeat()
+            stream.held_back = bool(queue)
             if stream.wake.is_set():
                 continue
             mono = self._clock.mono()
