@@ -80,7 +80,7 @@ def _verified(
     from carnet.verify import parse_unverified  # noqa: PLC0415
 
     parse_unverified(token)  # What is no token needs no keys to be refused.
-    with Verifier(audience=audience, binding="none") as verifier:
+    with Verifier(audience=audience, binding="none", mode="poll") as verifier:
         verifier.wait_ready(timeout)
         claims = verifier.verify(token)
     # The verifier checks against a certificate; on a command line it may be known by its thumbprint only.
