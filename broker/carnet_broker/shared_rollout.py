@@ -122,12 +122,14 @@ class SharedRollout:
         """
         generation = self._raised.generation
         laggards: tuple[VerifierSession, ...] = ()
+        replicas = self._replicas()
+        seen = () if replicas is None else replicas.replicas
         try:
-            answer = self._ask(lambda: self._rollout.permit(generation, kid, overdue=False))
+            answer = self._ask(lambda: self._rollout.permit(generation, kid, overdue=False, seen=seen))
             if isinstance(answer, WaitingFor):
                 laggards = answer.laggards
                 if overdue:
-                    answer = self._ask(lambda: self._rollout.permit(generation, kid, overdue=True))
+                    answer = self._ask(lambda: self._rollout.permit(generation, kid, overdue=True, seen=seen))
         except StoreUnavailableError:
             return None, ()
         return (answer if isinstance(answer, Permit) else None), laggards

@@ -153,6 +153,8 @@ class StoreLoop:
         self._looked_at = float("-inf")
         self._renewed_at = float("-inf")
         self._renewed_generation = -1
+        self._renewed_epoch = -1
+        self._restored = False
         self._cleaned_at = clock.mono()
         self._claimed_at = float("-inf")
         self._generation_seen = 0
@@ -353,15 +355,36 @@ class StoreLoop:
                 generation=generation,
                 revocation_version=self._holder.version,
                 lease=self._timing.lease,
+                renewed_at=None if self._seen is None else self._seen.now,
             )
         )
         after = self._clock.now()
         self._renewed_at, self._renewed_generation, self._seen = self._clock.mono(), generation, seen
         self._offset = max(before - seen.now, seen.now - after, timedelta(0))
+        epoch, self._renewed_epoch = self._renewed_epoch, self._epoch()
+        # Where the epoch has changed since, somebody has found out already.
+        self._restored = self._restored or (seen.restored and epoch == self._renewed_epoch)
+        if self._restored:
+            self._begin_epoch()
         self._events.lease_renewed(
             live_replicas=sum(replica.is_live(seen.now) for replica in seen.replicas),
             clock_offset=self._offset.total_seconds(),
         )
+
+    def _epoch(self) -> int:
+        view = self._holder.view
+        return -1 if view is None else view.position.epoch
+
+    def _begin_epoch(self) -> None:
+        """Begin a new epoch although no revocation is missing: sessions are, and with it all verifiers join anew."""
+        view = self._holder.view
+        if view is not None:
+            self._events.store_restored(view.position, view.position)
+            seen = replace(view.position, version=view.position.version + 1)
+            own = self._holder.revocations.entries()
+            self._store.log.begin_epoch(seen=seen, carry=own, now=self._clock.now())
+        self._restored = False
+        self.wake()
 
     def _look_for_a_newer_keyring(self) -> None:
         mirrored = self._store.mirror.load()

@@ -16,10 +16,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind
-from carnet_broker.core.rollout import Permit, ReplicaLease, RolloutState, VerifierSession, laggards, live_sessions
+from carnet_broker.core.rollout import (
+    Permit,
+    ReplicaLease,
+    RolloutState,
+    VerifierSession,
+    has_forgotten,
+    laggards,
+    live_sessions,
+    recount_ends,
+)
 from carnet_broker.edges.store.cleaning import KEPT, SETTLED, SlowClock
 from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
 from carnet_broker.edges.store.migrate import epoch_of
+from carnet_broker.edges.store.replicas import was_forgotten
 from carnet_broker.ports import (
     Acknowledged,
     Appended,
@@ -52,6 +62,7 @@ class _Tables:
         default_factory=lambda: RolloutState(generation=0, kid="", raised_at=None, permit=None)
     )
     permit: Permit | None = None
+    restored_at: datetime | None = None
     replicas: dict[str, ReplicaLease] = field(default_factory=dict)
     mirror: tuple[int, str, datetime] | None = None
 
@@ -227,6 +238,7 @@ class FakeRevocations:
                 for version, entry in enumerate(lacking(carry, tables.entries, now), start.version + 1)
             ]
             tables.entries.extend(carried)
+            tables.restored_at = self._store.data.now()
             tables.position = _after(start, carried)
             position = tables.position
         self._store.changed()
@@ -306,7 +318,9 @@ class FakeRollout:
                 _raise(tables, generation, kid, self._store.data.now())
         self._store.changed()
 
-    def permit(self, generation: int, kid: str, *, overdue: bool) -> Permit | WaitingFor:
+    def permit(
+        self, generation: int, kid: str, *, overdue: bool, seen: Sequence[ReplicaLease] = ()
+    ) -> Permit | WaitingFor:
         """Give the permit, or name those that it waits for."""
         with self._store.data.transaction() as tables:
             now = self._store.data.now()
@@ -316,6 +330,10 @@ class FakeRollout:
             if generation > tables.rollout.generation:
                 _raise(tables, generation, kid, now)
             sessions = [session for _, session in tables.sessions.values()]
+            restored_at, leases = tables.restored_at, tables.replicas
+            recounts = restored_at is not None and now < recount_ends(restored_at, sessions, leases.values())
+            if recounts or has_forgotten(leases, seen):
+                return WaitingFor(laggards=())
             late = laggards(live_sessions(sessions, tables.replicas, now), generation)
             if late and not overdue:
                 return WaitingFor(laggards=tuple(late))
@@ -348,6 +366,9 @@ class FakeReplicas:
             now = self._store.data.now()
             before = tables.replicas.get(report.replica_id)
             known = before is not None and before.generation == report.generation
+            restored = was_forgotten(report, None if before is None else before.renewed_at, now)
+            if restored:
+                tables.restored_at = now
             tables.replicas[report.replica_id] = ReplicaLease(
                 replica_id=report.replica_id,
                 version=report.version,
@@ -357,8 +378,9 @@ class FakeReplicas:
                 renewed_at=now,
                 lease=report.lease,
             )
-            seen = ReplicasSeen(now=now, replicas=tuple(lease for _, lease in sorted(tables.replicas.items())))
-        if not known:
+            leases = tuple(lease for _, lease in sorted(tables.replicas.items()))
+        seen = ReplicasSeen(now=now, replicas=leases, restored=restored)
+        if not known or restored:
             self._store.changed()
         return seen
 

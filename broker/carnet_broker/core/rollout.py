@@ -13,6 +13,9 @@ Rules
    or when the deadline is over: then those that have not are marked as lagging. No key becomes ACTIVE without it.
 5. One that lags holds up no later rotation until it acknowledges the newest generation; from then on it counts again.
 6. A replica is live until its lease ends. The window for pollers begins when the last live replica has loaded g.
+7. A store that was restored has forgotten sessions. Whoever was counted there, and is not counted again, is stale by
+   its own rule once its `max_staleness` has passed; so there is no new permit before that. And there is none for a
+   broker that knows of a lease which the store has not: it was restored, and nobody has found out yet.
 """
 
 from __future__ import annotations
@@ -20,8 +23,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Final
 
-__all__ = ["Permit", "ReplicaLease", "RolloutState", "VerifierSession", "laggards", "live_sessions", "served_since"]
+__all__ = [
+    "RECOUNT_FOR",
+    "Permit",
+    "ReplicaLease",
+    "RolloutState",
+    "VerifierSession",
+    "has_forgotten",
+    "laggards",
+    "live_sessions",
+    "recount_ends",
+    "served_since",
+]
+
+RECOUNT_FOR: Final = timedelta(minutes=5)
+"""The `max_staleness` that verifiers have by default: a session that was forgotten tells nothing of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,3 +139,19 @@ def served_since(replicas: Iterable[ReplicaLease], generation: int, now: datetim
     if not live or any(replica.generation < generation for replica in live):
         return None
     return max(replica.generation_at for replica in live)
+
+
+def has_forgotten(replicas: Mapping[str, ReplicaLease], seen: Iterable[ReplicaLease]) -> bool:
+    """Say whether the store lacks a renewal among those `seen` in it before. `replicas` by id, as they are now."""
+    return any(
+        lease.replica_id not in replicas or replicas[lease.replica_id].renewed_at < lease.renewed_at for lease in seen
+    )
+
+
+def recount_ends(
+    restored_at: datetime, sessions: Iterable[VerifierSession], replicas: Iterable[ReplicaLease]
+) -> datetime:
+    """Return from when the sessions can be relied on again after the store was found restored (rule 7)."""
+    longest = max((session.max_staleness for session in sessions), default=RECOUNT_FOR)
+    lease = max((replica.lease for replica in replicas), default=timedelta(0))
+    return restored_at + max(longest, RECOUNT_FOR) + lease

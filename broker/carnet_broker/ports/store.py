@@ -106,7 +106,8 @@ class RevocationLog(Protocol):
         """Begin a new epoch, because the store is behind what was `seen` of it: it was restored from a backup.
 
         The epoch is higher than any seen, and versions go on far above the highest seen. The entries of `carry` that
-        have not ended and that the store lacks are entered anew, with their own `before_version`. Does nothing, and
+        have not ended and that the store lacks are entered anew, with their own `before_version`. Verifiers are counted
+        again from now on, before there is another permit. Does nothing, and
         returns the position as it is, where the store is no longer behind `seen`: somebody else was first.
         """
 
@@ -178,10 +179,15 @@ class Rollout(Protocol):
     def raise_to(self, generation: int, kid: str) -> None:
         """Say that `kid` is about to be published as `generation`; it never goes down. Before the publication."""
 
-    def permit(self, generation: int, kid: str, *, overdue: bool) -> Permit | WaitingFor:
+    def permit(
+        self, generation: int, kid: str, *, overdue: bool, seen: Sequence[ReplicaLease] = ()
+    ) -> Permit | WaitingFor:
         """Give the permit if every live verifier that does not lag has acknowledged `generation`, counted under the
         exclusive lock of the rollout row; with `overdue` in any case, and those that have not are marked as lagging.
         Given once, it is given again.
+
+        `seen` are the leases as the broker saw them last. A store that lacks one of these renewals was restored, and
+        gives no permit; nor does one that was found restored, before the verifiers are counted again (rule 7).
         """
 
     def state(self) -> RolloutState:
@@ -197,6 +203,8 @@ class ReplicaReport:
     generation: int
     revocation_version: int
     lease: timedelta
+    renewed_at: datetime | None = None
+    """When the lease was renewed before, as the store told; None for the first time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +213,17 @@ class ReplicasSeen:
 
     now: datetime
     replicas: tuple[ReplicaLease, ...]
+    restored: bool = False
+    """Whether the store had forgotten the renewal before: it was restored from a backup."""
 
 
 class ReplicaLeases(Protocol):
     """Which brokers are running."""
 
     def renew(self, report: ReplicaReport) -> ReplicasSeen:
-        """Renew the lease. `generation_at` is kept while the generation is the same."""
+        """Renew the lease. `generation_at` is kept while the generation is the same. Where the store has forgotten
+        `report.renewed_at`, it was restored: from then on the verifiers are counted again.
+        """
 
     def leave(self, replica_id: str) -> None:
         """End the lease now: a broker that drains is not waited for. Its sessions live on for their max_staleness."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import select, update
 
-from carnet_broker.edges.store.cleaning import Cleaning
+from carnet_broker.edges.store.cleaning import KEPT, Cleaning
 from carnet_broker.edges.store.database import Database
+from carnet_broker.edges.store.rollout import note_restoration
 from carnet_broker.edges.store.rows import replica_of
 from carnet_broker.edges.store.tables import replicas
 from carnet_broker.ports import ReplicaReport, ReplicasSeen
 
-__all__ = ["StoredReplicas"]
+__all__ = ["StoredReplicas", "was_forgotten"]
+
+
+def was_forgotten(report: ReplicaReport, found: datetime | None, now: datetime) -> bool:
+    """Say whether the store has forgotten a renewal: it has `found` an older one, or none that nobody cleaned up."""
+    if report.renewed_at is None:
+        return False
+    return now - report.renewed_at < KEPT if found is None else found < report.renewed_at
 
 
 class StoredReplicas:
@@ -29,6 +37,9 @@ class StoredReplicas:
             now = transaction.now()
             before = connection.execute(select(replicas).where(replicas.c.replica_id == report.replica_id)).first()
             known = before is not None and before.generation == report.generation
+            restored = was_forgotten(report, None if before is None else before.renewed_at, now)
+            if restored:
+                note_restoration(transaction)
             values = {
                 "version": report.version,
                 "generation": report.generation,
@@ -43,9 +54,9 @@ class StoredReplicas:
                 .on_conflict_do_update(index_elements=[replicas.c.replica_id], set_=values)
             )
             # A mere renewal wakes nobody: all brokers renew when they wake.
-            transaction.changed = not known
+            transaction.changed = not known or restored
             seen = connection.execute(select(replicas).order_by(replicas.c.replica_id))
-            return ReplicasSeen(now=now, replicas=tuple(replica_of(row) for row in seen))
+            return ReplicasSeen(now=now, replicas=tuple(replica_of(row) for row in seen), restored=restored)
 
     def leave(self, replica_id: str) -> None:
         """End the lease now. The row stays: its sessions live on for their max_staleness."""

@@ -13,6 +13,7 @@ from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, check
 from carnet_broker.edges.store.database import UNAVAILABLE, Database, Transaction, nonsense
 from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
 from carnet_broker.edges.store.migrate import epoch_of
+from carnet_broker.edges.store.rollout import note_restoration
 from carnet_broker.edges.store.tables import ONLY_ROW, revocation_log, revocations
 from carnet_broker.ports import Appended, LogPosition, NewRevocation, RevocationPage, StoreUnavailableError
 
@@ -94,6 +95,7 @@ class StoredRevocations:
                 for entry in lacking(carry, held, now)
             ]
             entries = [(numbered(new, start.version + place), new) for place, new in enumerate(carried, 1)]
+            note_restoration(transaction)
             return _enter(transaction, start, entries, transaction.now())
 
 

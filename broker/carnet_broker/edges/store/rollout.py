@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Row, select, tuple_, update
 
-from carnet_broker.core.rollout import Permit, RolloutState, VerifierSession, laggards, live_sessions
+from carnet_broker.core.rollout import (
+    Permit,
+    ReplicaLease,
+    RolloutState,
+    VerifierSession,
+    has_forgotten,
+    laggards,
+    live_sessions,
+    recount_ends,
+)
 from carnet_broker.edges.store.database import UNAVAILABLE, Database, Transaction, nonsense
 from carnet_broker.edges.store.rows import replica_of, session_of
 from carnet_broker.edges.store.tables import ONLY_ROW, replicas, rollout, verifier_sessions
 from carnet_broker.ports import StoreUnavailableError, WaitingFor
 
-__all__ = ["StoredRollout", "required_generation"]
+__all__ = ["StoredRollout", "note_restoration", "required_generation"]
 
 
 class StoredRollout:
@@ -31,7 +41,9 @@ class StoredRollout:
             if generation > row.generation or (generation == row.generation and row.permit_generation != generation):
                 _raise(transaction, generation, kid, newer=generation > row.generation)
 
-    def permit(self, generation: int, kid: str, *, overdue: bool) -> Permit | WaitingFor:
+    def permit(
+        self, generation: int, kid: str, *, overdue: bool, seen: Sequence[ReplicaLease] = ()
+    ) -> Permit | WaitingFor:
         """Give the permit, or name those that it waits for (see the port).
 
         A generation that nobody has raised to is raised to here, under the same lock: so no verifier without it joins
@@ -46,14 +58,19 @@ class StoredRollout:
                 return WaitingFor(laggards=())  # One generation publishes one key.
             if generation > row.generation:
                 _raise(transaction, generation, kid, newer=True)
-            late = _late(transaction, generation)
+            leases, sessions = _everybody(transaction)
+            now = transaction.now()
+            recounts = row.restored_at is not None and now < recount_ends(row.restored_at, sessions, leases.values())
+            if recounts or has_forgotten(leases, seen):
+                return WaitingFor(laggards=())
+            late = laggards(live_sessions(sessions, leases, now), generation)
             if late and not overdue:
                 return WaitingFor(laggards=tuple(late))
             if late:
                 names = [(session.spiffe_id, session.instance_id) for session in late]
                 key = tuple_(verifier_sessions.c.spiffe_id, verifier_sessions.c.instance_id)
                 transaction.connection.execute(update(verifier_sessions).where(key.in_(names)).values(lagging=True))
-            permit = Permit(generation=generation, kid=kid, given_at=transaction.now(), overdue=bool(late))
+            permit = Permit(generation=generation, kid=kid, given_at=now, overdue=bool(late))
             transaction.connection.execute(
                 update(rollout)
                 .where(rollout.c.id == ONLY_ROW)
@@ -88,12 +105,18 @@ def required_generation(transaction: Transaction) -> int:
     return int(generation)
 
 
-def _late(transaction: Transaction, generation: int) -> list[VerifierSession]:
+def note_restoration(transaction: Transaction) -> None:
+    """Note that the store was found restored now: the verifiers are to be counted again."""
+    transaction.connection.execute(
+        update(rollout).where(rollout.c.id == ONLY_ROW).values(restored_at=transaction.now())
+    )
+    transaction.changed = True
+
+
+def _everybody(transaction: Transaction) -> tuple[dict[str, ReplicaLease], list[VerifierSession]]:
     connection = transaction.connection
-    now = transaction.now()
     leases = {row.replica_id: replica_of(row) for row in connection.execute(select(replicas))}
-    sessions = [session_of(row) for row in connection.execute(select(verifier_sessions))]
-    return laggards(live_sessions(sessions, leases, now), generation)
+    return leases, [session_of(row) for row in connection.execute(select(verifier_sessions))]
 
 
 def _raise(transaction: Transaction, generation: int, kid: str, *, newer: bool) -> None:

@@ -132,6 +132,8 @@ rollout = Table(
     Column("permit_kid", Text),
     Column("permit_given_at", Instant),
     Column("permit_overdue", Boolean),
+    # When it was found that the store was restored from a backup, and sessions are missing.
+    Column("restored_at", Instant),
 )
 
 replicas = Table(

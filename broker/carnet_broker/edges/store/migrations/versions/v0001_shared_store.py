@@ -62,6 +62,7 @@ def upgrade() -> None:
         sa.Column("permit_kid", sa.Text),
         sa.Column("permit_given_at", sa.BigInteger),
         sa.Column("permit_overdue", sa.Boolean),
+        sa.Column("restored_at", sa.BigInteger),
     )
     op.create_table(
         "replicas",
