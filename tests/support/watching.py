@@ -92,6 +92,10 @@ class RawVerifier:
         answer = trust_pb2.WatchAnswer(number=number, position=position if position.epoch else None)
         self.send(trust_pb2.WatchRequest(answer=answer))
 
+    def stop_answering(self) -> None:
+        """Listen on, and answer no more."""
+        self._answers = False
+
     def goodbye(self) -> None:
         """Say that the verifier stops."""
         self.send(trust_pb2.WatchRequest(goodbye=trust_pb2.WatchGoodbye()))

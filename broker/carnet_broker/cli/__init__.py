@@ -28,6 +28,7 @@ _COMMANDS: Final = {
         "Check the configuration and every file that it names, without serving and without asking Vault.",
     ),
     "keys": ("carnet_broker.cli.keys:keys", "Rotate and revoke the signing keys, and see how they stand."),
+    "revoke": ("carnet_broker.cli.revoke:revoke", "Cut off a token, a workload or a certificate, now."),
     "policy": ("carnet_broker.cli.policy:policy", "Check a policy, run its tests, and explain what it decides."),
     "demo": (
         "carnet_broker.cli.demo:demo",

@@ -106,7 +106,8 @@ def _hold(stage: Stage, signals: _Signals) -> None:
 
 def _play(stage: Stage) -> bool:
     """Play every scene, and say whether one failed."""
-    from carnet_broker.demo.scenes import SCENES, SceneFailedError
+    from carnet_broker.demo.scene import SceneFailedError
+    from carnet_broker.demo.scenes import SCENES
 
     failed = False
     for number, scene in enumerate(SCENES, 1):

@@ -1,4 +1,4 @@
-"""``carnet-broker keys``: what CI and breakglass do to the signing keys, through Vault alone."""
+"""``carnet-broker keys``: what CI and breakglass do to the signing keys, through Vault, or a broker's admin port."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from typing import Any, Final
 
 import click
 
-from carnet.durations import format_duration, parse_duration
+from carnet.durations import format_duration
 from carnet.errors import ConfigError
+from carnet_broker.cli.admin import (
+    REFUSED,
+    admin_errors,
+    admin_option,
+    status_lines,
+    status_to_json,
+)
 from carnet_broker.cli.output import cli_errors, complain, json_option, show
+from carnet_broker.cli.spans import DurationType, about, moment_and_distance
 from carnet_broker.core.keyring import Keyring
 from carnet_broker.core.keyring_document import keyring_of_content
 from carnet_broker.core.requests import RequestKind, RequestResult, RequestStatus
+from carnet_broker.edges.grpc.admin_client import ADMIN, AdminClient
 from carnet_broker.edges.vault import (
     RotationClient,
     SecretFile,
@@ -28,7 +37,6 @@ from carnet_broker.ports import KeyStoreUnavailableError
 
 __all__ = ["keys"]
 
-REFUSED: Final = 3
 NO_ANSWER: Final = 4
 _LOOK_EVERY: Final = 0.25
 _NAMES: Final = {
@@ -40,18 +48,6 @@ _NAMES: Final = {
     "approle_mount": "--approle-mount",
 }
 """What the settings of Vault are called here."""
-
-
-class _Duration(click.ParamType[timedelta]):
-    name = "duration"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
-        if isinstance(value, timedelta):
-            return value
-        try:
-            return parse_duration(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 def _vault_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,24 +149,28 @@ def _check_files(settings: VaultSettings) -> None:
 def keys() -> None:
     """Rotate and revoke the signing keys, and see how they stand.
 
-    Speaks to Vault by AppRole (VAULT_ADDR, VAULT_ROLE_ID, VAULT_SECRET_ID_FILE) and to no broker: the brokers find the
-    request in Vault, and answer there.
+    Speaks to Vault by AppRole (VAULT_ADDR, VAULT_ROLE_ID, VAULT_SECRET_ID_FILE): the brokers find the request in Vault,
+    and answer there. With CARNET_ADMIN, `revoke` asks a broker in place of Vault, and `status` asks it as well.
     """
 
 
 @keys.command()
-@click.option("--if-older-than", type=_Duration(), help="Do nothing if the signing key is younger than this.")
+@click.option("--if-older-than", type=DurationType(), help="Do nothing if the signing key is younger than this.")
 @click.option("--wait", is_flag=True, help="Return when the new key signs, not when the request is accepted.")
 @click.option("--now", is_flag=True, help="Do not wait for verifiers. Needs the carnet-breakglass role.")
 @click.option(
     "--timeout",
-    type=_Duration(),
+    type=DurationType(),
     default="30m",
     show_default=True,
     help="How long to wait for the new key with --wait.",
 )
 @click.option(
-    "--answer-within", type=_Duration(), default="1m", show_default=True, help="How long to wait for a broker's answer."
+    "--answer-within",
+    type=DurationType(),
+    default="1m",
+    show_default=True,
+    help="How long to wait for a broker's answer.",
 )
 @_vault_options
 @json_option
@@ -197,7 +197,7 @@ def rotate(
         if if_older_than is not None:
             age = _active_age(client.keyring())
             if age is not None and age < if_older_than:
-                text = f"not needed: the signing key is {_about(age)} old"
+                text = f"not needed: the signing key is {about(age)} old"
                 show({"status": "not-needed", "age_seconds": int(age.total_seconds())}, (text,), as_json=as_json)
                 return
     except KeyStoreUnavailableError as error:
@@ -209,22 +209,51 @@ def rotate(
 @keys.command()
 @click.argument("kid")
 @click.option(
-    "--timeout", type=_Duration(), default="1m", show_default=True, help="How long to wait for a broker to do it."
+    "--timeout", type=DurationType(), default="1m", show_default=True, help="How long to wait for a broker to do it."
 )
+@click.option(
+    "--via",
+    type=click.Choice(["vault", "admin"]),
+    help="Through Vault, or a broker's admin port.  [default: admin if CARNET_ADMIN is set, else vault]",
+)
+@admin_option
 @_vault_options
 @json_option
 @cli_errors
-def revoke(*, kid: str, timeout: timedelta, as_json: bool, **vault: Any) -> None:  # noqa: ANN401 - as above
-    """Stop trusting the key KID at once. Needs the carnet-breakglass role; `keys status` lists the keys.
+@admin_errors
+def revoke(
+    *,
+    kid: str,
+    timeout: timedelta,
+    via: str | None,
+    admin: str | None,
+    as_json: bool,
+    **vault: Any,  # noqa: ANN401 - as above
+) -> None:
+    """Stop trusting the key KID at once; `keys status` lists the keys.
 
-    If KID is the key that signs, the standby takes over in the same step. Tokens signed with KID are refused by each
-    verifier as soon as it fetches the key set again: within the max-age that brokers serve (keys.max_age).
+    Through Vault it needs the carnet-breakglass role; through a broker (CARNET_ADMIN) the certificate of an admin.
 
-    Exit code: 0 revoked, 2 bad input or a role that may not, 3 refused by the brokers (no such key), 4 no answer in
-    time: the request stands.
+    If KID is the key that signs, the standby takes over in the same step. Verifiers that are pushed to refuse what KID
+    has signed within moments; those that poll when they fetch the key set again: within the max-age that brokers serve
+    (keys.max_age).
+
+    Exit code: 0 revoked, 1 the broker cannot be asked, or not now, 2 bad input or a role that may not, 3 refused by the
+    brokers (no such key, or no admin), 4 no answer in time: the request stands.
     """
+    if via == "admin" or (via is None and _asks_admin(admin)):
+        with AdminClient(admin) as broker:
+            generation, active = broker.revoke_key(kid)
+        text = f"done: the key is revoked, as generation {generation}; now signs {active or 'none'}"
+        show({"status": "done", "generation": generation, "active_kid": active}, (text,), as_json=as_json)
+        return
     client = _client(**vault)
     _ask(client, RequestKind.REVOKE, kid, wait=True, timeout=timeout, answer_within=timeout, as_json=as_json)
+
+
+def _asks_admin(admin: str | None) -> bool:
+    """Say whether there is a broker to be asked. Raises `ConfigError` where that is set to nothing."""
+    return ADMIN.find(admin) is not None
 
 
 def _ask(
@@ -306,13 +335,18 @@ def _progress(result: RequestResult) -> str:
 
 
 @keys.command()
+@admin_option
 @_vault_options
 @json_option
 @cli_errors
-def status(*, as_json: bool, **vault: Any) -> None:  # noqa: ANN401 - as above
+@admin_errors
+def status(*, admin: str | None, as_json: bool, **vault: Any) -> None:  # noqa: ANN401 - as above
     """Show every signing key: its state, its age, and what comes next.
 
-    Exit code: 0, 2 bad input or a role that may not, 4 Vault cannot be asked.
+    With CARNET_ADMIN also the brokers, and which live verifiers have loaded what: those that lag first.
+
+    Exit code: 0, 1 the broker cannot be asked, or not now, 2 bad input or a role that may not, 3 no admin, 4 Vault
+    cannot be asked.
     """
     client = _client(**vault)
     try:
@@ -330,8 +364,13 @@ def status(*, as_json: bool, **vault: Any) -> None:  # noqa: ANN401 - as above
             "published until": key.keep_until if key.ended_at is None else None,
             "ended": key.ended_at,
         }
-        told = ", ".join(f"{name} {_moment(at, now)}" for name, at in moments.items() if at is not None)
+        told = ", ".join(f"{name} {moment_and_distance(at, now)}" for name, at in moments.items() if at is not None)
         lines.append(f"  {key.state:<8} {key.kid}  {told}")
+    if _asks_admin(admin):
+        with AdminClient(admin) as broker:
+            seen = broker.status()
+        content = content | {"brokers": status_to_json(seen)}
+        lines += status_lines(seen)
     show(content, lines, as_json=as_json)
 
 
@@ -351,17 +390,3 @@ def _active_age(content: dict[str, Any]) -> timedelta | None:
     if active is None or active.activated_at is None:
         return None
     return datetime.now(UTC) - active.activated_at
-
-
-def _moment(at: datetime, now: datetime) -> str:
-    distance = _about(abs(now - at))
-    return f"{at.isoformat(timespec='seconds')} ({f'{distance} ago' if at <= now else f'in {distance}'})"
-
-
-def _about(duration: timedelta) -> str:
-    """Return a duration in its two largest units, for people."""
-    seconds = int(duration.total_seconds())
-    for unit, size, lesser, lesser_size in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
-        if seconds >= size:
-            return f"{seconds // size}{unit} {seconds % size // lesser_size}{lesser}"
-    return f"{seconds}s"

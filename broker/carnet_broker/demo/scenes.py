@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count
@@ -17,44 +15,20 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 
-from carnet import Client
 from carnet.claims import claims_of_payload
 from carnet.encoding import decode_base64url
 from carnet.errors import RequestDeniedError
 from carnet.grpc import secure_channel
 from carnet.tls import secure_channel as tls_channel
 from carnet.verify import assemble, encode_unsigned, parse_unverified, raw_signature
+from carnet_broker.demo.scene import Scene, SceneFailedError, Tell, client_of, require
 from carnet_broker.demo.shop import AUDIENCE, CHARGE, SERVER_NAME, charge, decode, encode
 from carnet_broker.demo.stage import ISSUER, Stage
+from carnet_broker.demo.trust_scenes import TRUST_SCENES
 
-__all__ = ["SCENES", "Scene", "SceneFailedError"]
+__all__ = ["SCENES"]
 
 _STAGING: Final = "https://tokens.staging.example"
-
-Tell = Callable[[str], None]
-
-
-class SceneFailedError(Exception):
-    """Something in a scene did not go as it must."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """One scene: a title, and what happens. `play` raises `SceneFailedError`."""
-
-    title: str
-    play: Callable[[Stage, Tell], None]
-
-
-def _require(condition: bool, what: str) -> None:  # noqa: FBT001 - reads like an assertion
-    if not condition:
-        raise SceneFailedError(what)
-
-
-@contextmanager
-def _client(stage: Stage, workload: str) -> Iterator[Client]:
-    with Client(brokers=stage.tokens, identity=stage.identity(workload), ca_file=stage.ca_file) as client:
-        yield client
 
 
 def _call_with(stage: Stage, workload: str, token: str) -> dict[str, Any] | grpc.RpcError:
@@ -75,20 +49,20 @@ def _must_refuse(answer: dict[str, Any] | grpc.RpcError, tell: Tell) -> None:
     if not isinstance(answer, grpc.RpcError):
         msg = f"payments accepted it: {answer}"
         raise SceneFailedError(msg)
-    _require(answer.code() is grpc.StatusCode.UNAUTHENTICATED, f"refused with {answer.code()}, not UNAUTHENTICATED")
+    require(answer.code() is grpc.StatusCode.UNAUTHENTICATED, f"refused with {answer.code()}, not UNAUTHENTICATED")
     tell(f"payments: {answer.code().name}: {answer.details()}")
 
 
 def _allowed(stage: Stage, tell: Tell) -> None:
     with (
-        _client(stage, "orders") as client,
+        client_of(stage, "orders") as client,
         secure_channel(stage.payments, client=client, audience=AUDIENCE, server_name=SERVER_NAME) as channel,
     ):
         answer = charge(channel, 100)
         token = client.get_token(AUDIENCE)
     tell(f"payments: {json.dumps(answer)}")
     tell(f"the token: audience {token.audience}, scopes {', '.join(token.scopes)}, bound to orders' certificate")
-    _require(answer["for"] == "spiffe://prod.example/ns/shop/sa/orders", "payments saw another caller")
+    require(answer["for"] == "spiffe://prod.example/ns/shop/sa/orders", "payments saw another caller")
 
 
 def _refused_scope(stage: Stage, tell: Tell) -> None:
@@ -109,7 +83,7 @@ def _refused_scope(stage: Stage, tell: Tell) -> None:
         ],
         {},
     )
-    _require(explained.returncode == 1, f"policy explain ended with {explained.returncode}, not 1 (denied)")
+    require(explained.returncode == 1, f"policy explain ended with {explained.returncode}, not 1 (denied)")
     for line in explained.stdout.strip().splitlines():
         tell(f"policy explain: {line.replace(str(stage.directory) + '/', '')}")
 
@@ -119,11 +93,11 @@ def _refused_audience(stage: Stage, tell: Tell) -> None:
 
 
 def _must_deny(stage: Stage, tell: Tell, audience: str, scopes: list[str], reason: str) -> None:
-    with _client(stage, "orders") as client:
+    with client_of(stage, "orders") as client:
         try:
             client.get_token(audience, scopes=scopes)
         except RequestDeniedError as error:
-            _require(error.reason == reason, f"the reason is {error.reason}, not {reason}")
+            require(error.reason == reason, f"the reason is {error.reason}, not {reason}")
             tell(f"broker: {error}")  # Its reason is at the end.
             return
     msg = "the broker issued a token"
@@ -131,22 +105,22 @@ def _must_deny(stage: Stage, tell: Tell, audience: str, scopes: list[str], reaso
 
 
 def _stolen(stage: Stage, tell: Tell) -> None:
-    with _client(stage, "orders") as client:
+    with client_of(stage, "orders") as client:
         token = client.get_token(AUDIENCE).value
-    _require(isinstance(_call_with(stage, "orders", token), dict), "the token is not good where it belongs")
+    require(isinstance(_call_with(stage, "orders", token), dict), "the token is not good where it belongs")
     tell("on orders' own connection the token is good; now outsider shows it on a connection of its own")
     _must_refuse(_call_with(stage, "outsider", token), tell)
 
 
 def _staging(stage: Stage, tell: Tell) -> None:
-    with _client(stage, "orders") as client:
+    with client_of(stage, "orders") as client:
         unverified = parse_unverified(client.get_token(AUDIENCE).value)
     claims = claims_of_payload(unverified.unverified_payload)
     signed = {}
     for issuer in (ISSUER, _STAGING):
         unsigned = encode_unsigned(replace(claims, issuer=issuer), unverified.kid)
         signed[issuer] = assemble(unsigned, _sign_as_root(stage, unverified.kid, unsigned))
-    _require(isinstance(_call_with(stage, "orders", signed[ISSUER]), dict), "the same key does not verify")
+    require(isinstance(_call_with(stage, "orders", signed[ISSUER]), dict), "the same key does not verify")
     tell(f"with the very key of production two tokens are signed, alike but for the issuer; {ISSUER} is accepted")
     tell(f"the other says {_STAGING}")
     _must_refuse(_call_with(stage, "orders", signed[_STAGING]), tell)
@@ -167,13 +141,13 @@ def _sign_as_root(stage: Stage, kid: str, signing_input: bytes) -> bytes:
         return decode_base64url(answer["data"]["signature"].rpartition(":")[2].encode())
     entry: Any = root.read(f"carnet/data/prod/keys/{kid}")
     key = serialization.load_pem_private_key(entry["data"]["data"]["private_key"].encode(), None)
-    _require(isinstance(key, ec.EllipticCurvePrivateKey), "the entry holds no P-256 key")
+    require(isinstance(key, ec.EllipticCurvePrivateKey), "the entry holds no P-256 key")
     return raw_signature(cast("ec.EllipticCurvePrivateKey", key).sign(signing_input, ec.ECDSA(SHA256())))
 
 
 def _cron(stage: Stage, tell: Tell) -> None:
     done = stage.run(["carnet_broker.demo.cron"], stage.environment("cron"))
-    _require(done.returncode == 0, f"the job ended with {done.returncode}: {done.stderr.strip()}")
+    require(done.returncode == 0, f"the job ended with {done.returncode}: {done.stderr.strip()}")
     tell(f"cron: {done.stdout.strip()} (exit code 0)")
 
 
@@ -193,7 +167,7 @@ def _calls_with_fresh_tokens(stage: Stage, load: _Load, stop: threading.Event) -
     channel = tls_channel(
         stage.payments, identity=stage.identity("orders"), ca_pem=stage.ca_file.read_bytes(), server_name=SERVER_NAME
     )
-    with _client(stage, "orders") as client, channel:
+    with client_of(stage, "orders") as client, channel:
         call = channel.unary_unary(CHARGE, request_serializer=encode, response_deserializer=decode)
         for number in count():
             if stop.wait(0.02):
@@ -219,7 +193,7 @@ def _rotation(stage: Stage, tell: Tell) -> None:
         stop.wait(1.5)
         tell("orders calls payments 20 times a second, and another caller with a fresh token for each call")
         done = stage.run(["carnet_broker", "keys", "rotate", "--wait", "--json"], stage.vault_environment("ci"))
-        _require(done.returncode == 0, f"keys rotate ended with {done.returncode}: {done.stderr.strip()}")
+        require(done.returncode == 0, f"keys rotate ended with {done.returncode}: {done.stderr.strip()}")
         tell(f"CI: carnet-broker keys rotate --wait: {json.loads(done.stdout)['message']}")
         stop.wait(1.5)
     finally:
@@ -235,14 +209,14 @@ def _rotation(stage: Stage, tell: Tell) -> None:
     tell(f"orders: {told['calls']} calls, {told['failures']} failures")
     signed = f"signed by {len(by_key)} keys: {list(by_key.values())}"
     tell(f"fresh tokens: {load.calls} calls, {load.failures} failures, {signed}")
-    _require(told["calls"] > 0 and told["failures"] == 0, f"orders failed: {told['last_failure']}")
-    _require(load.failures == 0, f"a call with a fresh token failed: {load.last_failure}")
-    _require(len(by_key) > 1, "the calls saw one key only, so this shows no rotation")
+    require(told["calls"] > 0 and told["failures"] == 0, f"orders failed: {told['last_failure']}")
+    require(load.failures == 0, f"a call with a fresh token failed: {load.last_failure}")
+    require(len(by_key) > 1, "the calls saw one key only, so this shows no rotation")
 
 
 def _ci_cannot_read(stage: Stage, tell: Tell) -> None:
     forced = stage.run(["carnet_broker", "keys", "rotate", "--now"], stage.vault_environment("ci"))
-    _require(forced.returncode == 2, f"keys rotate --now ended with {forced.returncode}, not 2")  # noqa: PLR2004
+    require(forced.returncode == 2, f"keys rotate --now ended with {forced.returncode}, not 2")  # noqa: PLR2004
     tell(f"CI: carnet-broker keys rotate --now: {forced.stderr.strip()}")
 
 
@@ -255,4 +229,5 @@ SCENES: Final = (
     Scene("a cron worker charges once, and ends", _cron),
     Scene("CI rotates the signing key through Vault while calls are running: none fails", _rotation),
     Scene("CI wants to skip the wait for verifiers: refused, that takes breakglass", _ci_cannot_read),
+    *TRUST_SCENES,
 )

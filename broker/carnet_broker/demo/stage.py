@@ -90,6 +90,7 @@ class Stage:
     tokens: str = ""
     trust: str = ""
     plain: str = ""
+    admin: str = ""
     payments: str = ""
     broker_pid: int = 0
     _processes: list[tuple[str, subprocess.Popen[bytes]]] = field(default_factory=list)
@@ -174,6 +175,7 @@ class Stage:
         return {
             "CARNET_BROKER": self.tokens,
             "CARNET_TRUST": self.trust,
+            "CARNET_ADMIN": self.admin,
             "CARNET_ISSUER": ISSUER,
             "CARNET_CERT_FILE": str(self.file(workload)),
             "CARNET_KEY_FILE": str(self.file(workload, "-key")),
@@ -227,6 +229,7 @@ class Stage:
         entries = {
             "CARNET_BROKER": self.tokens,
             "CARNET_TRUST": self.trust,
+            "CARNET_ADMIN": self.admin,
             "CARNET_HEALTH_URL": f"http://{self.plain}/readyz",
             "CARNET_JWKS_URL": f"http://{self.plain}/oauth2/jwks",
             "CARNET_ISSUER": ISSUER,
@@ -282,7 +285,9 @@ class Stage:
                 pool.shutdown(wait=False, cancel_futures=True)  # Those that run are waited for, and no others.
                 raise
         self.policy_file.write_text(_POLICY)
-        self.tokens, self.trust, self.plain, self.payments = (f"127.0.0.1:{port}" for port in _free_ports(4))
+        self.tokens, self.trust, self.plain, self.admin, self.payments = (
+            f"127.0.0.1:{port}" for port in _free_ports(5)
+        )
         config = self.directory / "broker.yaml"
         config.write_text(self._config())
         tell(f"broker: tokens on {self.tokens}, trust on {self.trust}, keys in Vault's {self.key_store} engine")
@@ -299,7 +304,7 @@ class Stage:
         return f"""\
 issuer: {ISSUER}
 policy_file: policy.yaml
-listen: {{ tokens: "{self.tokens}", trust: "{self.trust}", plain: "{self.plain}" }}
+listen: {{ tokens: "{self.tokens}", trust: "{self.trust}", plain: "{self.plain}", admin: "{self.admin}" }}
 tls:
   certificate_file: identities/broker.pem
   key_file: identities/broker-key.pem
