@@ -37,6 +37,11 @@ PROOFS = {
     "rotations_under_load": Proof(
         "rotations by CI under load refuse no good token", ("tests/e2e/test_rotation_under_load.py",)
     ),
+    "acknowledged_rotation": Proof(
+        "while three replicas rotate under load no live verifier misses a key; verifiers with a timer do, where brokers"
+        " do not wait",
+        ("tests/e2e/test_acknowledged_rotation.py",),
+    ),
     "simultaneous_rotations": Proof(
         "two requests at the same moment cause one rotation; brokers killed at any moment lose nothing",
         ("tests/integration/test_two_rotations.py",),

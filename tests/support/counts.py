@@ -19,10 +19,19 @@ _FORMS: Final = ("quick", "full")
 TABLE: Final[dict[str, tuple[int, int]]] = {
     # rotation
     "rotations_under_load": (20, 200),
+    "acknowledged_rotations": (20, 1_000),
+    "rotations_without_waiting": (2, 50),
+    "keys_revoked_under_load": (3, 30),
     "simultaneous_rotations": (10, 50),
     "kills_during_rotations": (5, 50),
     "keyring_machine": (150, 5_000),
     "rotation_machine": (60, 3_000),
+    # revocation
+    "revocations_under_load": (20, 500),
+    "revocations_without_notify": (3, 50),
+    "watch_streams": (200, 1_000),
+    "revocations_to_streams": (5, 50),
+    "trust_model": (40, 3_000),
     # the verifier
     "differential": (2_000, 100_000),
     "let_through": (1_000, 10_000),
