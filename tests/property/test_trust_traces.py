@@ -93,7 +93,7 @@ def test_verifier_that_joins_before_the_activation_has_the_key(story: Story):
     """K03: while a rotation waits for one that is cut off, another is admitted, with the key that comes next."""
     story.ask()
     story.cut_off(story.one)
-    story.run(6)
+    story.run(8)
     before = story.signer
     story.ask()
     story.run(WINDOW)
