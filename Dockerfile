@@ -21,7 +21,7 @@ RUN /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-di
  # Nothing is installed at run time.
  && /opt/carnet/bin/python -m pip uninstall --yes pip setuptools \
  # Folders for volumes: a new named volume takes the owner of the folder that it is mounted on.
- && install -d -o 65532 -g 65532 -m 0700 /volumes/identities /volumes/audit
+ && install -d -o 65532 -g 65532 -m 0700 /volumes/identities /volumes/audit /volumes/store
 
 FROM python:3.11.14-slim-bookworm
 LABEL org.opencontainers.image.title="carnet" \
@@ -30,6 +30,7 @@ LABEL org.opencontainers.image.title="carnet" \
 COPY --from=build /opt/carnet /opt/carnet
 COPY --from=build /volumes/identities /var/lib/carnet/identities
 COPY --from=build /volumes/audit /var/lib/carnet/audit
+COPY --from=build /volumes/store /var/lib/carnet/store
 COPY certs/scripts /opt/carnet/certs/scripts
 # The root file system can be mounted read-only: modules were compiled when they were installed.
 ENV PATH=/opt/carnet/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1

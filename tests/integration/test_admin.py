@@ -23,7 +23,16 @@ from carnet.v1 import admin_pb2, admin_pb2_grpc
 from carnet.verify import parse_unverified
 from carnet_broker.edges.vault import RotationClient
 from support.commands import Ended, one_line, run_command, vault_environment
-from support.running_broker import BROKER_NAME, ORDERS, PAYMENTS, POLICY, RunningBroker, reason_of, start_broker
+from support.running_broker import (
+    BROKER_NAME,
+    ORDERS,
+    PAYMENTS,
+    POLICY,
+    RunningBroker,
+    reason_of,
+    start_broker,
+    write_broker_files,
+)
 from support.vault import VaultPlace, prepare
 from support.watching import RawVerifier, hello, watching
 
@@ -82,6 +91,20 @@ def revoke(broker, **target: Any) -> admin_pb2.RevokeResponse:  # noqa: ANN401 -
     """Revoke as the admin."""
     answer: admin_pb2.RevokeResponse = ask(broker, "Revoke", admin_pb2.RevokeRequest(**target))
     return answer
+
+
+def here(instance: str) -> Any:  # noqa: ANN401 - a message
+    """Introduce a verifier that nobody waits for once it has been away for some seconds."""
+    return hello(instance, max_staleness=4)
+
+
+def wait_until_alone(broker: RunningBroker) -> None:
+    """Wait until the verifiers of other tests do not count any more."""
+
+    def is_alone() -> bool:
+        return bool(ask(broker, "GetStatus", admin_pb2.GetStatusRequest()).live_verifiers == 1)
+
+    broker.wait_for(is_alone, "the others to leave", within=20)
 
 
 def jti_of(token: str) -> str:
@@ -166,6 +189,22 @@ def test_an_admin_that_is_blocked_is_refused_until_lifted(broker):
     ask(broker, "GetStatus", admin_pb2.GetStatusRequest(), identity)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"admin": "0.0.0.0:0"}, "admin_beyond_loopback"),
+        ({"admin": "0.0.0.0:0", "admin_beyond_loopback": True}, "the policy names no admins"),
+    ],
+)
+def test_an_admin_port_that_others_reach_needs_its_flag_and_admins(place, tmp_path: Path, settings, says):
+    """Without the one or the other the broker does not start; with both the configuration is good."""
+    config, ca = write_broker_files(place, tmp_path, settings={"listen": settings})
+    assert says in one_line(run_command("carnet_broker", "check-config", "--config", str(config)))
+    full = {"listen": {"admin": "0.0.0.0:0", "admin_beyond_loopback": True}}
+    config, _ = write_broker_files(place, tmp_path, ca=ca, policy=WITH_ADMINS, settings=full)
+    assert 0 == run_command("carnet_broker", "check-config", "--config", str(config)).code
+
+
 # -- what it revokes ---------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +218,7 @@ def test_each_kind_is_durable_pushed_to_verifiers_and_on_the_record(broker):
         "certificate": {"certificate": f"sha256:{leaf.thumbprint}"},
         "subject": {"subject": "spiffe://prod.example/ns/shop/sa/gone"},
     }
-    with watching(broker, hello("kinds")) as verifier:
+    with watching(broker, here("kinds")) as verifier:
         verifier.wait_for(lambda response: response.live)
         for kind, target in kinds.items():
             answer = revoke(broker, reason=f"why {kind}", **target)
@@ -238,7 +277,7 @@ def test_what_cannot_be_revoked_is_refused_and_changes_nothing(broker, request_)
 
 def test_the_spread_counts_live_verifiers_and_names_who_has_not_acknowledged(broker):
     """One answers and one is silent: half have it, with times from durable; the other is named."""
-    with watching(broker, hello("answers")) as quick, watching(broker, hello("silent")) as silent:
+    with watching(broker, here("answers")) as quick, watching(broker, here("silent")) as silent:
         for verifier in (quick, silent):
             verifier.wait_for(lambda response: response.live)
         silent.stop_answering()
@@ -270,7 +309,7 @@ def test_the_spread_of_what_was_never_revoked_is_an_error(broker):
 def test_a_key_is_revoked_at_once_pushed_and_recorded(broker):
     """The standby signs in the same step, and a verifier has the key set without the key within moments."""
     kid = parse_unverified(broker.issue().token).kid
-    with watching(broker, hello("keys")) as verifier:
+    with watching(broker, here("keys")) as verifier:
         verifier.wait_for(lambda response: response.live)
         started = time.monotonic()
         answer = ask(broker, "RevokeKey", admin_pb2.RevokeKeyRequest(key_id=kid))
@@ -291,8 +330,9 @@ def test_a_key_is_revoked_at_once_pushed_and_recorded(broker):
 
 def test_revoke_with_wait_tells_the_measured_spread(broker):
     """Exit code 0, the version, and the times; with --json the same as members."""
-    with watching(broker, hello("waited-for")) as verifier:
+    with watching(broker, here("waited-for")) as verifier:
         verifier.wait_for(lambda response: response.live)
+        wait_until_alone(broker)
         jti = jti_of(broker.issue().token)
         ended = command(broker, "revoke", "--jti", jti, "--reason", "stolen", "--wait", "--json")
         assert 0 == ended.code, ended.err
@@ -308,7 +348,7 @@ def test_revoke_with_wait_tells_the_measured_spread(broker):
 
 def test_revoke_with_wait_names_who_has_not_acknowledged_and_is_durable_all_the_same(broker):
     """Exit code 4, the verifier by identity and instance, and the version on standard output."""
-    with watching(broker, hello("deaf")) as verifier:
+    with watching(broker, here("deaf")) as verifier:
         verifier.wait_for(lambda response: response.live)
         verifier.stop_answering()
         ended = command(broker, "revoke", "--jti", "3q2-7wAAAAAAAAAAAAAAAA", "--wait", "--timeout", "1500ms")
@@ -379,7 +419,7 @@ def test_keys_revoke_and_status_ask_the_broker_where_it_is_set(broker):
     assert "no such key" in one_line(command(broker, "keys", "revoke", "A" * 43), 3)
     content = RotationClient(broker.place.session("ci")).keyring()
     assert ["REVOKED"] == [key["state"] for key in content["keys"] if key["jwk"]["kid"] == kid]
-    with watching(broker, hello("seen")) as verifier:
+    with watching(broker, here("seen")) as verifier:
         verifier.wait_for(lambda response: response.live)
         told = json.loads(command(broker, "keys", "status", "--json", **vault_environment(broker.place, "ci")).out)
         assert "seen" in [one["instance_id"] for one in told["brokers"]["verifiers"]]

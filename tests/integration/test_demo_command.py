@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,6 +83,25 @@ def test_a_directory_belongs_to_one_demo_which_holds_on_when_a_part_of_it_dies(t
         first.send_signal(signal.SIGTERM)
         assert (0, "") == (first.wait(LONG), first.stderr.read())
     assert_nothing_is_left(directory)
+
+
+def test_a_demo_that_holds_can_be_administered_with_what_its_env_says(tmp_path: Path) -> None:
+    """The admin revokes, and payments has it; orders, with the same command, may not."""
+    directory = tmp_path / "demo"
+    with demo(directory) as process:
+        wait_for_line(process, "ready")
+        lines = (directory / "env").read_text().splitlines()
+        env = {name: shlex.split(value)[0] for name, _, value in (line.partition("=") for line in lines)}
+        assert env["CARNET_STORE_URL"].startswith("sqlite:////")
+        command = [sys.executable, "-m", "carnet_broker", "revoke", "--jti", "3q2-7wAAAAAAAAAAAAAAAA", "--wait"]
+        codes = {}
+        for who in ("ADMIN", "ORDERS"):
+            files = {f"CARNET_{kind}_FILE": env[f"{who}_{kind}_FILE"] for kind in ("CERT", "KEY")}
+            done = subprocess.run(
+                command, env=os.environ | env | files, capture_output=True, text=True, timeout=LONG, check=False
+            )
+            codes[who] = done.returncode
+    assert {"ADMIN": 0, "ORDERS": 3} == codes
 
 
 @pytest.mark.parametrize(

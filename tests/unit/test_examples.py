@@ -61,9 +61,12 @@ def test_a_service_sees_its_own_identity_only(name: str) -> None:
 
 
 def test_only_the_broker_and_the_set_up_reach_the_vault() -> None:
-    """Workloads are not on OpenBao's network."""
+    """Workloads are neither on OpenBao's network nor on that of the store."""
     reach = {name for name in SERVICES if "vault" in service(name).get("networks", [])}
-    assert {"openbao", "bootstrap", "broker", "rotate"} == reach
+    assert {"openbao", "bootstrap", "broker", "broker-2", "rotate"} == reach
+    assert {"store", "broker", "broker-2"} == {
+        name for name in SERVICES if "store" in service(name).get("networks", [])
+    }
 
 
 def test_the_image_is_built_from_all_that_the_wheel_takes() -> None:

@@ -13,21 +13,28 @@ python "$scripts/bootstrap_vault.py" setup --env prod --trust-domain "$domain" \
   --workload "$shop/payments,serves" \
   --workload "$shop/orders" \
   --workload "$shop/cron" \
+  --workload "spiffe://$domain/ns/ops/sa/breakglass" \
   --credentials-dir "$out/credentials"
 
 issue() {
   python "$scripts/bootstrap_vault.py" issue-certificate "$2" --out "$out/$1" --name tls
 }
 issue broker "spiffe://$domain/ns/carnet/sa/broker,serves"
+issue broker-2 "spiffe://$domain/ns/carnet/sa/broker,serves"
+issue admin "spiffe://$domain/ns/ops/sa/breakglass"
 issue payments "$shop/payments,serves"
 issue orders "$shop/orders"
 issue cron "$shop/cron"
 
 # Each service sees its own folder only.
 mkdir -p "$out/ci"
-for service in broker ci; do
+for service in broker broker-2 ci; do
+  role=${service%-2}
   for file in role-id secret-id; do
-    install -m 0600 "$out/credentials/carnet-$service-prod-$file" "$out/$service/"
+    install -m 0600 "$out/credentials/carnet-$role-prod-$file" "$out/$service/"
   done
   install -m 0644 "$out/openbao/ca.pem" "$out/$service/vault-ca.pem"
+done
+for service in broker broker-2; do
+  install -m 0600 "$out/store/password" "$out/$service/store-password"
 done

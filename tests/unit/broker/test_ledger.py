@@ -14,6 +14,7 @@ from carnet_broker.core.ledger import (
     MAX_REFUSAL_BYTES,
     DroppedRecord,
     IssueRecord,
+    KeyRevocationRecord,
     OpenedRecord,
     RefusalRecord,
 )
@@ -274,3 +275,23 @@ def test_no_record_has_a_place_for_a_token():
     """A ledger that held tokens would be the thing to steal."""
     for kind in (IssueRecord, RefusalRecord, DroppedRecord, OpenedRecord):
         assert {"token", "jwt", "signature", "key"}.isdisjoint(kind.__dataclass_fields__)
+
+
+def test_the_line_of_a_revoked_key_says_who_and_what_signs_now() -> None:
+    """The members are those that whoever looks for the key asks for."""
+    at = datetime(2026, 11, 24, 12, tzinfo=UTC)
+    record = KeyRevocationRecord(
+        at=at, kid="old", generation=7, active="new", by="spiffe://a/b", certificate="leaf", peer="ipv4:127.0.0.1:1"
+    )
+    expected = {
+        "v": 1,
+        "kind": "key_revocation",
+        "at": "2026-11-24T12:00:00.000Z",
+        "kid": "old",
+        "generation": 7,
+        "active": "new",
+        "by": "spiffe://a/b",
+        "certificate": "leaf",
+        "peer": "ipv4:127.0.0.1:1",
+    }
+    assert expected == json.loads(record.to_line())
