@@ -1,9 +1,12 @@
-"""The thread that speaks to the shared store: reads revocations, renews the lease, and tells of verifiers.
+"""The threads that speak to the shared store: read revocations, renew the lease, and tell of verifiers.
 
 The store can hang, so nobody who answers calls waits for it. One round reads the revocations since the last one, writes
 what verifiers have said, renews the lease of this replica where that is due, and looks whether another replica has a
 newer keyring. A round is due each `poll_interval`, when the store says that something has changed, and when somebody
 here has something for it. What a round cannot do now stays for the next one.
+
+One thread reads, another one does the rest of the round: all verifiers answer a revocation at about the same time, and
+the next revocation does not wait until that is written.
 
 Where the store is behind what was seen of it, it was restored from a backup: a new epoch begins (`core.lost_entries`).
 """
@@ -16,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Final, Protocol
+from typing import Final
 
 from carnet.revocations import Revocation, lagging_time
 from carnet_broker.core.lost_entries import is_behind, lost_entries
@@ -24,22 +27,17 @@ from carnet_broker.ports import (
     Acknowledged,
     Appended,
     Clock,
-    KeyringMirror,
     LogPosition,
     NewRevocation,
-    ReplicaLeases,
     ReplicaReport,
     ReplicasSeen,
-    RevocationLog,
     RevocationPage,
-    Rollout,
     SessionChange,
     SessionOutcome,
     StoreUnavailableError,
-    VerifierSessions,
-    Wakeups,
 )
 from carnet_broker.revocation_view import RevocationHolder
+from carnet_broker.store_parts import StoreEvents, StorePorts, StoreTiming
 
 __all__ = ["StoreEvents", "StoreLoop", "StorePorts", "StoreTiming", "epoch_of"]
 
@@ -58,45 +56,12 @@ _STOP_WITHIN: Final = 5.0
 _PAUSE_AFTER_FAILURE: Final = 0.25
 
 
-class StoreEvents(Protocol):
-    """Who wants to hear of the store: logs and metrics."""
+@dataclass(slots=True)
+class _Turns:
+    """When a thread has its next turn, and how its last one went."""
 
-    def store_answered(self) -> None:
-        """Tell that a round went well."""
-
-    def store_failed(self, error: Exception) -> None:
-        """Tell that a round failed. What was read before stays in force."""
-
-    def store_restored(self, seen: LogPosition, found: LogPosition) -> None:
-        """Tell that the store is behind what was seen of it, and that a new epoch begins."""
-
-    def revocations_read(self, position: LogPosition, count: int) -> None:
-        """Tell how far this replica is in the log, and how many entries are in force."""
-
-    def lease_renewed(self, *, live_replicas: int, clock_offset: float) -> None:
-        """Tell how many brokers are live, and how far the store's clock is from ours, in seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class StorePorts:
-    """The ports to one store."""
-
-    log: RevocationLog
-    sessions: VerifierSessions
-    rollout: Rollout
-    leases: ReplicaLeases
-    mirror: KeyringMirror
-    wakeups: Wakeups
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreTiming:
-    """How often the store is looked at, and how long it may take."""
-
-    poll_interval: timedelta
-    lease: timedelta
-    append_within: timedelta
-    """How long whoever revokes waits."""
+    due_at: float = 0.0
+    failing: bool = False
 
 
 @dataclass(slots=True)
@@ -144,12 +109,12 @@ class StoreLoop:
         self._poll_interval = timing.poll_interval.total_seconds()
         self._renew_every = timing.lease.total_seconds() / 3
         self._due = threading.Condition()
-        self._due_at = 0.0
+        self._reading = _Turns()
+        self._writing = _Turns()
         self._said: list[_Said] = []
         self._asked: list[Future[bool]] = []
         self._claims: list[LogPosition] = []
         self._stopping = False
-        self._failing = False
         self._looked_at = float("-inf")
         self._renewed_at = float("-inf")
         self._renewed_generation = -1
@@ -163,7 +128,8 @@ class StoreLoop:
         self._started_at, self._started_mono = clock.now(), clock.mono()
         self._appending = ThreadPoolExecutor(max_workers=4, thread_name_prefix="carnet-revoke")
         self._threads = [
-            threading.Thread(target=self._run, name="carnet-store", daemon=True),
+            threading.Thread(target=self._keep_reading, name="carnet-store-read", daemon=True),
+            threading.Thread(target=self._keep_writing, name="carnet-store-write", daemon=True),
             threading.Thread(target=self._listen, name="carnet-wakeups", daemon=True),
         ]
 
@@ -172,7 +138,7 @@ class StoreLoop:
     @property
     def failing(self) -> bool:
         """Whether the last round failed."""
-        return self._failing
+        return self._reading.failing or self._writing.failing
 
     @property
     def clock_offset(self) -> timedelta:
@@ -192,7 +158,7 @@ class StoreLoop:
                 self._said[-1] = said
             else:
                 self._said.append(said)
-        self.wake(_GATHER_FOR)
+            self._bring_forward(self._writing, _GATHER_FOR)
 
     def append(self, entries: Sequence[NewRevocation]) -> Future[Appended]:
         """Make `entries` durable, and put them in force here. The future may raise `StoreUnavailableError`."""
@@ -233,8 +199,8 @@ class StoreLoop:
     def wake(self, within: float = _AT_ONCE) -> None:
         """Do a round within that many seconds."""
         with self._due:
-            self._due_at = min(self._due_at, self._clock.mono() + within)
-            self._due.notify()
+            for turns in (self._reading, self._writing):
+                self._bring_forward(turns, within)
 
     def start(self) -> None:
         """Start the threads."""
@@ -245,7 +211,7 @@ class StoreLoop:
         """Write what is left, end the lease and the threads. A store that hangs is not waited for."""
         with self._due:
             self._stopping = True
-            self._due.notify()
+            self._due.notify_all()
         self._store.wakeups.close()
         for thread in self._threads:
             thread.join(_STOP_WITHIN)
@@ -255,8 +221,13 @@ class StoreLoop:
 
     def round(self) -> None:
         """Do one round in the calling thread. Raises `StoreUnavailableError`."""
-        mono = self._clock.mono()
         self._read()
+        self._write()
+        self._expire()
+
+    def _write(self) -> None:
+        """Do what is due of a round but reading the log."""
+        mono = self._clock.mono()
         self._write_sessions()
         if mono - self._renewed_at >= self._renew_every or self._generation() != self._renewed_generation:
             self._renew()
@@ -266,13 +237,10 @@ class StoreLoop:
         if mono - self._cleaned_at >= _CLEAN_EVERY:
             self._store.leases.clean()
             self._cleaned_at = mono
-        self._holder.expire(
-            lagging_time(
-                started=self._started_at,
-                elapsed=timedelta(seconds=mono - self._started_mono),
-                wall=self._clock.now(),
-            )
-        )
+
+    def _expire(self) -> None:
+        elapsed = timedelta(seconds=self._clock.mono() - self._started_mono)
+        self._holder.expire(lagging_time(started=self._started_at, elapsed=elapsed, wall=self._clock.now()))
 
     def _read(self) -> None:
         """Take in what is new in the log; begin a new epoch where the store was restored."""
@@ -403,47 +371,66 @@ class StoreLoop:
 
     # -- the threads -----------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _keep_reading(self) -> None:
         while not self._stopping:
             with self._due:
                 asked, self._asked = self._asked, []
-                self._due_at = self._clock.mono() + self._poll_interval
-            self._try_round()
-            for future in asked:
-                if future.set_running_or_notify_cancel():
-                    future.set_result(not self._failing)
-            self._wait()
-        self._try_round()
+                self._reading.due_at = self._clock.mono() + self._poll_interval
+            self._attempt(self._reading, self._read_and_expire)
+            _answer(asked, well=not self._reading.failing)
+            self._wait(self._reading)
+        with self._due:
+            asked, self._asked = self._asked, []
+        _answer(asked, well=False)
+
+    def _keep_writing(self) -> None:
+        while not self._stopping:
+            with self._due:
+                self._writing.due_at = self._clock.mono() + self._poll_interval
+            self._attempt(self._writing, self._write)
+            self._wait(self._writing)
+        self._attempt(self._writing, self._write)
         try:
             self._store.leases.leave(self._replica_id)
         except StoreUnavailableError as error:
             self._events.store_failed(error)  # The lease ends by itself.
-        with self._due:
-            asked, self._asked = self._asked, []
-        for future in asked:
-            if future.set_running_or_notify_cancel():
-                future.set_result(False)
 
-    def _try_round(self) -> None:
+    def _read_and_expire(self) -> None:
+        self._read()
+        self._expire()
+
+    def _attempt(self, turns: _Turns, work: Callable[[], None]) -> None:
         try:
-            self.round()
+            work()
         except Exception as error:  # noqa: BLE001 - reported; a fault of one round must not end all reading
-            self._failing = True
+            turns.failing = True
             self._events.store_failed(error)
         else:
-            self._failing = False
-            self._events.store_answered()
+            turns.failing = False
+            if not self.failing:
+                self._events.store_answered()
 
-    def _wait(self) -> None:
+    def _bring_forward(self, turns: _Turns, within: float) -> None:
+        """Have a turn within that many seconds. To be called with the lock."""
+        turns.due_at = min(turns.due_at, self._clock.mono() + within)
+        self._due.notify_all()
+
+    def _wait(self, turns: _Turns) -> None:
         with self._due:
-            not_before = self._clock.mono() + (_PAUSE_AFTER_FAILURE if self._failing else 0.0)
-            while not self._stopping and (left := max(self._due_at, not_before) - self._clock.mono()) > 0:
+            not_before = self._clock.mono() + (_PAUSE_AFTER_FAILURE if turns.failing else 0.0)
+            while not self._stopping and (left := max(turns.due_at, not_before) - self._clock.mono()) > 0:
                 self._due.wait(left)
 
     def _listen(self) -> None:
         while not self._stopping:
             if self._store.wakeups.wait(_LISTEN_FOR):
                 self.wake()
+
+
+def _answer(asked: Sequence[Future[bool]], *, well: bool) -> None:
+    for future in asked:
+        if future.set_running_or_notify_cancel():
+            future.set_result(well)
 
 
 def _is_outdone(earlier: SessionChange, later: Acknowledged) -> bool:

@@ -1,0 +1,60 @@
+"""What the loop of the store is wired from: its ports, its times, and who wants to hear of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from carnet_broker.ports import (
+    KeyringMirror,
+    LogPosition,
+    ReplicaLeases,
+    RevocationLog,
+    Rollout,
+    VerifierSessions,
+    Wakeups,
+)
+
+__all__ = ["StoreEvents", "StorePorts", "StoreTiming"]
+
+
+class StoreEvents(Protocol):
+    """Who wants to hear of the store: logs and metrics."""
+
+    def store_answered(self) -> None:
+        """Tell that a round went well."""
+
+    def store_failed(self, error: Exception) -> None:
+        """Tell that a round failed. What was read before stays in force."""
+
+    def store_restored(self, seen: LogPosition, found: LogPosition) -> None:
+        """Tell that the store is behind what was seen of it, and that a new epoch begins."""
+
+    def revocations_read(self, position: LogPosition, count: int) -> None:
+        """Tell how far this replica is in the log, and how many entries are in force."""
+
+    def lease_renewed(self, *, live_replicas: int, clock_offset: float) -> None:
+        """Tell how many brokers are live, and how far the store's clock is from ours, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class StorePorts:
+    """The ports to one store."""
+
+    log: RevocationLog
+    sessions: VerifierSessions
+    rollout: Rollout
+    leases: ReplicaLeases
+    mirror: KeyringMirror
+    wakeups: Wakeups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreTiming:
+    """How often the store is looked at, and how long it may take."""
+
+    poll_interval: timedelta
+    lease: timedelta
+    append_within: timedelta
+    """How long whoever revokes waits."""
