@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from carnet_broker.core.workload import IdentityCache, LeafRules, Workload
 from carnet_broker.disk_thread import DiskThread
 from carnet_broker.edges.grpc.admin import AdminServicer
 from carnet_broker.edges.grpc.calls import AuthContext, AuthenticatedCalls, CallLimits
-from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, bind, connections_within, new_server
+from carnet_broker.edges.grpc.listeners import ListenerLimits, MutualTls, bind, new_server
 from carnet_broker.edges.grpc.refused_calls import refusal_record
 from carnet_broker.edges.grpc.tokens import TokenServicer
 from carnet_broker.edges.grpc.trust import TrustServicer
@@ -52,6 +51,7 @@ from carnet_broker.group_commit import GroupCommit
 from carnet_broker.issuance import CHECK_EVERY, Issuer
 from carnet_broker.keyring_loop import KeyringLoop
 from carnet_broker.loading import load_policy_file, load_tls, load_vault_settings
+from carnet_broker.parts import connections_possible, termination, until_stopped
 from carnet_broker.ports import KeyStore, KeyStoreUnavailableError, Signer
 from carnet_broker.revoking import Revoker
 from carnet_broker.rotation import RotationDriver
@@ -64,8 +64,8 @@ __all__ = ["Broker", "SystemClock"]
 _PLAIN_CONNECTIONS: Final = 512
 _ADMIN_CONNECTIONS: Final = 256
 _ADMIN_IDLE: Final = timedelta(minutes=1)
-_OTHER_DESCRIPTORS: Final = 128
-"""Files, Vault, and what gRPC needs for itself."""
+_OTHER_DESCRIPTORS: Final = 128 + _PLAIN_CONNECTIONS + 2 * _ADMIN_CONNECTIONS
+"""Files, Vault, what gRPC needs for itself, and the smaller listeners."""
 _LOOK_AT_FILES_EVERY: Final = 1.0
 _AUDIT_DEADLINE: Final = timedelta(seconds=5)
 _LAST_WRITE_WITHIN: Final = 1.0
@@ -199,7 +199,9 @@ class Broker:
             is_loaded=lambda: self._holder.view is not None,
         )
         limits = ListenerLimits(
-            max_connections=self._connections(),
+            max_connections=connections_possible(
+                config.limits.connections, others=_OTHER_DESCRIPTORS, log=self.telemetry.log
+            ),
             handshake_timeout=config.limits.handshake_timeout,
             connection_age=config.limits.connection_age,
         )
@@ -262,7 +264,7 @@ class Broker:
         plain_task = loop.create_task(plain.serve(sockets=[plain_socket]))
         watch_task = loop.create_task(self._watch_files(health_servicer), name="carnet-files")
         parts = {
-            **{name: loop.create_task(_termination(server)) for name, (server, _) in servers.items()},
+            **{name: loop.create_task(termination(server)) for name, (server, _) in servers.items()},
             "plain": plain_task,
             "files": watch_task,
         }
@@ -274,7 +276,7 @@ class Broker:
         self.telemetry.log.info("serving", **self.addresses, issuer=config.issuer)
         if ready is not None:
             ready.set()
-        told_to_stop = await self._until_stopped(parts)
+        told_to_stop = await until_stopped(self._stop, parts, self.telemetry.log)
         self.telemetry.log.info("draining")
         self._draining = True
         await self._report_health(health_servicer)
@@ -360,32 +362,6 @@ class Broker:
             draining=self._draining,
         )
 
-    async def _until_stopped(self, parts: Mapping[str, asyncio.Task[None]]) -> bool:
-        """Return True when told to stop, False when one of `parts` has ended by itself, which is logged."""
-        stopped = asyncio.create_task(self._stop.wait())
-        await asyncio.wait([stopped, *parts.values()], return_when=asyncio.FIRST_COMPLETED)
-        if stopped.done():
-            return True
-        stopped.cancel()
-        for name, task in parts.items():
-            if task.done():
-                self.telemetry.log.error("part_ended", part=name, exc_info=_failure_of(task))
-        return False
-
-    def _connections(self) -> int:
-        """Return how many connections a listener may have: no more than there are descriptors for.
-
-        Strangers can open connections. With no descriptor left for a new one, or for the audit file, nobody is served.
-        """
-        wanted = self._config.limits.connections
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        possible = connections_within(
-            (descriptors - _PLAIN_CONNECTIONS - 2 * _ADMIN_CONNECTIONS - _OTHER_DESCRIPTORS) // 2
-        )
-        if possible < wanted:
-            self.telemetry.log.warning("connections_limited", wanted=wanted, possible=possible, descriptors=descriptors)
-        return max(1, min(wanted, possible))
-
     # -- parts of serving ------------------------------------------------------------------------------------------
 
     def _authenticate(self, auth_context: AuthContext) -> Workload:
@@ -460,15 +436,6 @@ class Broker:
         serving = answer.SERVING if self.readiness().ready else answer.NOT_SERVING
         for service in ("", "carnet.v1.TokenService", "carnet.v1.TrustService"):
             await servicer.set(service, serving)
-
-
-async def _termination(server: grpc.aio.Server) -> None:
-    """Return when `server` has ended, or raise what ended it."""
-    await server.wait_for_termination()
-
-
-def _failure_of(task: asyncio.Task[None]) -> BaseException | None:
-    return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
 async def _sign_here(signer: Signer, inputs: Sequence[bytes]) -> list[bytes]:
