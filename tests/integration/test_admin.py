@@ -416,7 +416,8 @@ def test_keys_revoke_and_status_ask_the_broker_where_it_is_set(broker):
     ended = command(broker, "keys", "revoke", kid)
     assert (0, "") == (ended.code, ended.err)
     assert ended.out.startswith("done: the key is revoked, as generation ")
-    assert "no such key" in one_line(command(broker, "keys", "revoke", "A" * 43), 3)
+    for unknown in ("A" * 43, "-" + "A" * 42, "-h" + "A" * 41, "--" + "A" * 41):
+        assert "no such key" in one_line(command(broker, "keys", "revoke", unknown), 3)
     content = RotationClient(broker.place.session("ci")).keyring()
     assert ["REVOKED"] == [key["state"] for key in content["keys"] if key["jwk"]["kid"] == kid]
     with watching(broker, here("seen")) as verifier:

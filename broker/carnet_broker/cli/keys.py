@@ -206,7 +206,8 @@ def rotate(
     _ask(client, kind, wait=wait, timeout=timeout, answer_within=answer_within, as_json=as_json)
 
 
-@keys.command()
+# One in 64 keys has a name that begins with "-": it is an argument all the same.
+@keys.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
 @click.argument("kid")
 @click.option(
     "--timeout", type=DurationType(), default="1m", show_default=True, help="How long to wait for a broker to do it."
