@@ -19,7 +19,7 @@ from carnet.durations import parse_duration
 from carnet.errors import ConfigError
 from carnet_broker.core.keyring import Timing
 from carnet_broker.core.marked_yaml import Duration, Section, read_yaml, validate
-from carnet_broker.edges.grpc.configurations import SETTLED_AFTER
+from carnet_broker.edges.grpc.settled import SETTLED_AFTER
 
 __all__ = ["BrokerConfig", "host_and_port", "is_loopback", "load_config"]
 

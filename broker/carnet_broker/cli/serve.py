@@ -33,7 +33,8 @@ def serve(config_file: Path) -> None:
     Exit code: 0 it was told to stop, 1 a part of it ended by itself (the log says which), 2 it cannot start (one line
     says why).
     """
-    # gRPC's C++ part writes a line for each failed handshake, past all formats and limits of ours. Read at its import.
+    # gRPC's C++ part writes a line for each failed handshake, past all formats and limits of ours. It reads this at its
+    # import, so nothing that this module imports above may import it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
     import uvloop

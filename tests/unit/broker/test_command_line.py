@@ -55,6 +55,15 @@ def test_a_command_without_its_packages_is_one_line_that_says_what_to_install(ar
     assert (2, expected) == (done.returncode, done.stderr)
 
 
+def test_b10_serve_silences_the_log_of_grpc_before_it_is_imported() -> None:
+    """gRPC reads GRPC_VERBOSITY at its import, so that the module of the command may not import it: its lines tell of
+    each failed handshake, are no JSON and know no limit.
+    """
+    text = "import sys, carnet_broker.cli.serve; print([name for name in sys.modules if name.startswith('grpc')])"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True)
+    assert "[]\n" == done.stdout
+
+
 def test_help_needs_no_package_of_the_extra() -> None:
     """The list of commands is there, whatever is installed."""
     done = run_without_the_extra("--help")

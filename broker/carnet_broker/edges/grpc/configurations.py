@@ -22,11 +22,10 @@ from typing import Final
 import grpc
 
 from carnet_broker.edges.grpc.keeper import Keeper, KeeperState
+from carnet_broker.edges.grpc.settled import SETTLED_AFTER
 
-__all__ = ["SETTLED_AFTER", "Configurations", "Keeping", "TlsPems"]
+__all__ = ["Configurations", "Keeping", "TlsPems"]
 
-SETTLED_AFTER: Final = 0.5
-"""Seconds; who has asked for a configuration needs microseconds to be through."""
 _LOOK_AGAIN_AFTER: Final = 0.02
 _REPLACED_AFTER: Final = 60.0
 """Seconds; the longest that a configuration is kept where no keeper comes to hold it."""
