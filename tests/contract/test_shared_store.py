@@ -10,6 +10,7 @@ import pytest
 
 from carnet.errors import InvalidRevocationError
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, next_digest
+from carnet_broker.core.lost_entries import is_behind
 from carnet_broker.core.rollout import Permit, live_sessions, served_since
 from carnet_broker.ports import (
     Acknowledged,
@@ -191,16 +192,17 @@ def test_restored_store_begins_an_epoch_far_above(place: StorePlace, since: int)
     """
     known, now_at = restored(place, lost=2, since=since)
     store = place.open()
-    lost = known.entries[-1]
     position = store.revocations.begin_epoch(seen=known.position, carry=known.entries, now=place.clock.now())
     page = store.revocations.read(None)
     assert position == page.position
     assert position.epoch > known.position.epoch
     highest = max(known.position.version, now_at.version)
     assert [highest + 1_000_001, highest + 1_000_002] == [entry.version for entry in page.entries[-2:]]
-    assert {(lost.kind, lost.value, lost.before_version, lost.expires_at)} == {
-        (entry.kind, entry.value, entry.before_version, entry.expires_at) for entry in page.entries[-2:]
-    }
+    lost, entered = (
+        {(entry.kind, entry.value, entry.before_version, entry.expires_at) for entry in entries[-2:]}
+        for entries in (known.entries, page.entries)
+    )
+    assert lost == entered
     assert chain(GENESIS_DIGEST, page.entries[-2:]) == position.digest
     assert 2 + since + 2 == len(page.entries)
     assert position.version + 1 == store.revocations.append([revoked(place)]).entries[0].version
@@ -230,6 +232,7 @@ def test_store_that_was_emptied_begins_an_epoch_above_what_was_seen(place: Store
     store = place.open()
     made = store.revocations.append([revoked(place)]).position
     seen = LogPosition(made.epoch - 9, 70, b"x" * 32)
+    assert is_behind(made, seen), "whoever reads it finds that out"
     block = Revocation(66, RevocationKind.BLOCK, BOB, 66, None)
     begun = store.revocations.begin_epoch(seen=seen, carry=[block], now=place.clock.now())
     assert begun.epoch > made.epoch

@@ -2,7 +2,9 @@
 
 Rules
 -----
-1. Within an epoch the store never goes back. One that is behind what was read of it before was restored.
+1. Neither epoch nor version ever goes back. A store that is behind what was read of it before was restored. One that
+   was emptied has a later epoch, and versions that begin anew: it is behind too, because the `rv` of old tokens would
+   be above all that is revoked from now on.
 2. A restored store can have gone on: then it has other entries at the versions that were seen. So whoever gets a
    snapshot looks for its own entries in it; those that have not ended, and that nothing in the snapshot outdoes, must
    be there.
@@ -22,7 +24,7 @@ __all__ = ["is_behind", "lost_entries"]
 
 def is_behind(store: LogPosition, seen: LogPosition) -> bool:
     """Say whether the store, at `store`, is behind what was `seen` of it before (rule 1)."""
-    return (store.epoch, store.version) < (seen.epoch, seen.version)
+    return store.epoch < seen.epoch or store.version < seen.version
 
 
 def lost_entries(page: RevocationPage, own: Iterable[Revocation]) -> tuple[Revocation, ...]:

@@ -130,11 +130,13 @@ def page(*entries: Revocation) -> RevocationPage:
         ((1, 6), (1, 5), False),
         ((1, 4), (1, 5), True),
         ((1, 9), (2, 1), True),
-        ((2, 1), (1, 9), False),
+        ((2, 9), (1, 9), False),
+        ((2, 8), (1, 9), True),
+        ((2, 0), (1, 9), True),
     ],
 )
-def test_a_store_is_behind_by_its_epoch_and_then_by_its_version(store, seen, expected):
-    """A later epoch is never behind."""
+def test_a_store_is_behind_where_its_epoch_or_its_version_is(store, seen, expected):
+    """A later epoch with lower versions is that of a store that was emptied: versions never go back."""
     assert expected is is_behind(LogPosition(*store, GENESIS_DIGEST), LogPosition(*seen, GENESIS_DIGEST))
 
 

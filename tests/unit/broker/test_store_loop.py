@@ -218,6 +218,24 @@ def test_a_store_that_is_behind_what_was_seen_begins_a_new_epoch_and_loses_nothi
     assert 1 == len(replica.heard.restored)
 
 
+def test_a_store_that_was_emptied_begins_a_new_epoch_above_all_versions_that_were_seen(data, clock):
+    """Its epoch is later, and its versions begin anew: the `rv` of old tokens would be above all new revocations."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    replica.loop.append([token()]).result(5)
+    seen = replica.holder.view.position
+    clock.move(3600)
+    data.restore(FakeStoreData(now=clock.now, elapsed=lambda: timedelta(seconds=clock.mono())).copy())
+    assert data.open().revocations.read(None).position.epoch > seen.epoch
+    clock.move(-1800)  # What is carried over has not ended.
+    replica.loop.round()
+    position = replica.holder.view.position
+    assert (1, True) == (len(replica.heard.restored), position.version > seen.version)
+    assert [token().value] == [entry.value for entry in data.open().revocations.read(None).entries]
+    appended = replica.loop.append([token(2)]).result(5)
+    assert appended.position.version > seen.version
+
+
 def test_a_restored_store_that_has_gone_on_is_found_out_by_what_it_lacks(data, clock):
     """It has another entry at the version that was seen."""
     replica = Replica(data, clock)
