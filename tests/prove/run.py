@@ -58,6 +58,13 @@ PROOFS = {
         "many handshakes at the same time end no listener, and next to no session is resumed",
         ("tests/integration/test_tls_storm.py",),
     ),
+    **{
+        f"killed_while_revoking_{run + 1}": Proof(
+            "kill -9 of brokers and of the database loses no acknowledged revocation, and no verifier skips a version",
+            (f"tests/e2e/test_killed_while_revoking.py::test_no_acknowledged_revocation_is_lost_by_kill_9[{run}]",),
+        )
+        for run in range(5)
+    },
     "token_cache_model": Proof("a valid token is always given out", ("tests/property/test_cache_model.py",)),
     "unknown_keys": Proof(
         "a flood of unknown keys causes one fetch and harms no good verification", ("tests/integration/test_trust.py",)

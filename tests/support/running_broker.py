@@ -77,7 +77,7 @@ QUICK: Final[Mapping[str, Any]] = {
     "vault": {"poll_interval": "200ms"},
 }
 
-_START_WITHIN: Final = 20.0
+_START_WITHIN: Final = 60.0
 
 
 @dataclass
