@@ -54,6 +54,10 @@ PROOFS = {
         "what our verifier accepts, others accept too; no change of a token is accepted",
         ("tests/property/test_verify_properties.py", "tests/property/test_verify_differential.py"),
     ),
+    "revocation_spread": Proof(
+        "a revocation reaches every verifier within its bound, and one that cannot be reached accepts nothing for long",
+        ("tests/e2e/test_revocation_spread.py",),
+    ),
     "tls_storm": Proof(
         "many handshakes at the same time end no listener, and next to no session is resumed",
         ("tests/integration/test_tls_storm.py",),
