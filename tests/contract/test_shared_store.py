@@ -329,6 +329,25 @@ def test_acknowledgements_only_go_up(place: StorePlace):
     assert later.revocation_at <= place.clock.now()
 
 
+def test_acknowledgements_of_many_at_once_count_each_for_its_verifier(place: StorePlace):
+    """As after each revocation. In one batch: two of one verifier, one of an older stream, one of nobody known."""
+    store = place.open()
+    store.sessions.write([joined("one"), joined("two", stream="new"), joined("three")])
+    before = {session.instance_id: session for session in store.sessions.all()}
+    said = [
+        ("two", "old", 9, 9),
+        ("one", "stream-1", 2, 8),
+        ("nobody", "stream-1", 9, 9),
+        ("one", "stream-1", 1, 10),
+        ("three", "stream-1", 1, 7),
+    ]
+    changes = [Acknowledged(ALICE, name, stream, g, v, timedelta()) for name, stream, g, v in said]
+    assert [False, True, False, True, True] == [outcome.live for outcome in store.sessions.write(changes)]
+    after = {session.instance_id: session for session in store.sessions.all()}
+    assert (2, 10) == (after["one"].generation, after["one"].revocation_version)
+    assert (before["two"], before["three"]) == (after["two"], after["three"])
+
+
 def test_change_of_an_older_stream_is_ignored(place: StorePlace):
     """What comes late from the replica that a verifier has left neither counts nor takes it out."""
     store = place.open()
