@@ -29,8 +29,8 @@ TABLE: Final[dict[str, tuple[int, int]]] = {
     # revocation
     "revocations_under_load": (20, 500),
     "revocations_without_notify": (3, 50),
-    "watch_streams": (200, 1_000),
-    "revocations_to_streams": (5, 50),
+    "watch_streams": (100, 1_000),
+    "revocations_to_streams": (3, 50),
     "trust_model": (40, 3_000),
     "kills_while_revoking": (10, 100),
     "runs_of_kills_while_revoking": (1, 5),
