@@ -12,6 +12,8 @@ Rules
    lower. (An empty set cannot be written: see `KeySet`.)
 5. A `kid` that the set lacks may be asked for, once per `cooldown` over all of them, whatever comes of it. If the
    answer lacks it too, the `kid` is remembered as absent until a newer generation comes; at most `max_absent` of them.
+   A `kid` that was in the set and is not in a later one was withdrawn for good (removed or revoked): it is absent with
+   no question, until a new epoch.
 6. "No" and "cannot tell" differ. Absent is no. Unknown while nothing may be asked is cannot tell: the key may be new.
 7. A set that is usable and holds the key is used, whatever else goes on.
 8. News come from fetches (`Supply.POLL`), or a stream pushes them (`carnet.watching`): then no fetch is due, and only a
@@ -160,7 +162,7 @@ class Verdict(StrEnum):
     USE = "use"
     """The set may be used and holds the key."""
     NO = "no"
-    """The issuer was asked, and does not publish this key."""
+    """The issuer does not publish this key: it was asked, or has withdrawn it."""
     ASK = "ask"
     """A fetch may start now, and may tell."""
     WAIT = "wait"
@@ -174,7 +176,7 @@ class Knowledge(StrEnum):
 
     PRESENT = "present"
     ABSENT = "absent"
-    """Not in the set, and the issuer was asked for it."""
+    """Not in the set, and the issuer was asked for it, or has withdrawn it."""
     UNKNOWN = "unknown"
     """Not in the set, and nobody asked."""
 
@@ -211,6 +213,7 @@ class KeySetCache:
         self._asked_kid: str | None = None
         self._kid_asked_at: Moment | None = None
         self._absent: dict[str, None] = {}  # Insertion order: the oldest goes first.
+        self._withdrawn: dict[str, None] = {}  # As above.
         self._failures = 0
         self._why = ""  # What the last fetch failed of; empty after a good one.
         self._waits_from: Moment | None = None
@@ -263,7 +266,8 @@ class KeySetCache:
         if keys.get(kid) is not None:
             knowledge = Knowledge.PRESENT
         else:
-            knowledge = Knowledge.ABSENT if kid in self._absent else Knowledge.UNKNOWN
+            is_absent = kid in self._absent or kid in self._withdrawn
+            knowledge = Knowledge.ABSENT if is_absent else Knowledge.UNKNOWN
         return decide(usable=True, knowledge=knowledge, fetching=self._fetching, may_ask=not self._cooling(now))
 
     def due_in(self, now: Moment) -> timedelta:
@@ -296,7 +300,8 @@ class KeySetCache:
             raise
         if snapshot.generation > self.generation:
             self._absent.clear()
-        self._snapshot, self._why = snapshot, incomplete
+        self._replace(snapshot)
+        self._why = incomplete
         left = self._rules.max_staleness - snapshot.staleness(now)
         if left < _NOTHING or incomplete:  # Too old on arrival: it is no use to ask for the like of it at once.
             self._back_off(now, jitter)
@@ -305,9 +310,7 @@ class KeySetCache:
             wait = min(snapshot.max_age, left) * (_SOONEST + _SPREAD * jitter)
             self._waits_from, self._wait = now, max(self._rules.poll_floor, wait)
         if self._asked_kid is not None and snapshot.keys.get(self._asked_kid) is None:
-            self._absent[self._asked_kid] = None
-            if len(self._absent) > self._rules.max_absent:
-                del self._absent[next(iter(self._absent))]
+            self._remember(self._absent, self._asked_kid)
         self._fetching = False
 
     def load(self, snapshot: KeySetSnapshot, *, new_epoch: bool = False) -> None:
@@ -317,7 +320,10 @@ class KeySetCache:
         """
         self._check(snapshot, at_least=0 if new_epoch else self.generation)
         self._absent.clear()
-        self._snapshot, self._why = snapshot, ""
+        self._replace(snapshot)
+        if new_epoch:
+            self._withdrawn.clear()  # What was withdrawn since the backup is published again.
+        self._why = ""
         self._failures, self._waits_from = 0, None  # Should the stream end, a fetch is due.
 
     def confirm(self, freshness: Freshness, now: Moment) -> None:
@@ -373,6 +379,20 @@ class KeySetCache:
         if snapshot.generation < at_least:
             msg = f"the key set is of generation {snapshot.generation}, and {at_least} is loaded"
             raise InvalidKeySetError(msg)
+
+    def _replace(self, snapshot: KeySetSnapshot) -> None:
+        before = self._snapshot
+        if before is not None:
+            # First this and then the set: a reader in between finds the key, and asks nobody for it.
+            for kid in before.keys.keys:
+                if snapshot.keys.get(kid) is None:
+                    self._remember(self._withdrawn, kid)
+        self._snapshot = snapshot
+
+    def _remember(self, kids: dict[str, None], kid: str) -> None:
+        kids[kid] = None
+        if len(kids) > self._rules.max_absent:
+            del kids[next(iter(kids))]
 
     def _cooling(self, now: Moment) -> bool:
         asked_at = self._kid_asked_at

@@ -260,7 +260,42 @@ def test_a_newer_generation_replaces_the_whole_set():
     refresh(cache, snapshot(KEYS[1], generation=2, asked=10), 10)
     assert 2 == cache.generation
     assert Verdict.USE is cache.verdict(KEYS[1].kid, at(10))
-    assert Verdict.ASK is cache.verdict(KEYS[0].kid, at(10))
+    assert Verdict.NO is cache.verdict(KEYS[0].kid, at(10))
+
+
+@pytest.mark.parametrize("push", [False, True], ids=["fetched", "pushed"])
+def test_a_key_that_was_withdrawn_is_denied_with_no_question_ever_after(push):
+    """Of a revoked key nobody has to be asked, and "cannot tell" would be wrong: the caller should get a new token."""
+    cache = loaded()
+    for generation, key in ((2, KEYS[1]), (3, KEYS[2])):
+        later = snapshot(key, generation=generation, asked=10)
+        if push:
+            cache.load(later)
+        else:
+            refresh(cache, later, 10)
+        assert Verdict.NO is cache.verdict(KEYS[0].kid, at(10))
+    assert Verdict.NO is cache.verdict(KEYS[1].kid, at(10))
+    assert Verdict.ASK is cache.verdict(KEYS[3].kid, at(10))
+
+
+def test_a_key_that_was_withdrawn_may_be_back_in_a_new_epoch_only():
+    """The issuer was restored: what was withdrawn since may be published again, so it is asked for again."""
+    cache = loaded(generation=5)
+    cache.load(snapshot(KEYS[1], generation=6))
+    cache.load(snapshot(KEYS[2], generation=4), new_epoch=True)
+    assert [Verdict.ASK] * 2 == [cache.verdict(key.kid, at(1)) for key in KEYS[:2]]
+    cache.load(snapshot(KEYS[0], generation=5))
+    assert Verdict.USE is cache.verdict(KEYS[0].kid, at(1))
+    assert Verdict.NO is cache.verdict(KEYS[2].kid, at(1))
+
+
+def test_what_is_remembered_as_withdrawn_is_bounded():
+    """The oldest is forgotten first; of that one the issuer is asked as of any that is unknown."""
+    cache = loaded(KeySetRules(max_absent=2))
+    for generation, key in enumerate(KEYS[1:], 2):
+        cache.load(snapshot(key, generation=generation))
+    assert Verdict.ASK is cache.verdict(KEYS[0].kid, at(1))
+    assert [Verdict.NO] * 2 == [cache.verdict(key.kid, at(1)) for key in KEYS[1:3]]
 
 
 def test_an_unknown_key_is_asked_for_and_remembered_as_absent():
