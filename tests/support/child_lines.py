@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final
@@ -49,6 +49,11 @@ class Child:
         """Ask, and let the answer come."""
         return self._thread.submit(self.ask, **question)
 
+    def kill(self) -> None:
+        """kill -9."""
+        self._process.kill()
+        self._process.wait(_ENDS_WITHIN)
+
     def cpu_seconds(self) -> float:
         """Return how much CPU time the process has used so far."""
         times = psutil.Process(self._process.pid).cpu_times()
@@ -56,14 +61,19 @@ class Child:
 
 
 @contextmanager
-def child(module: str, **settings: Any) -> Iterator[Child]:  # noqa: ANN401 - any JSON
-    """Run ``python -m module`` with `settings` for the length of the block."""
+def child(
+    module: str,
+    *,
+    paths: Sequence[str] = (),
+    **settings: Any,  # noqa: ANN401 - any JSON
+) -> Iterator[Child]:
+    """Run ``python -m module`` with `settings` for the length of the block; `paths` come first on its path."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *sys.path])},
     )
     try:
         yield Child(process)
