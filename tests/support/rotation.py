@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Final, NoReturn, TypeAlias
 
 from carnet_broker.core.keyring import Keyring, KeyringRegressionError, KeyState, Step, Timing, Wait
@@ -75,6 +76,12 @@ class ManualClock:
         self.slept += duration
 
 
+@cache
+def _parsed(document: str, store_name: str) -> Keyring:
+    """Parse a document once: a long story looks at all that was ever written, after every call."""
+    return keyring_of_content(json.loads(document), issuer=ISSUER, store=store_name)
+
+
 class Vault:
     """What the replicas share."""
 
@@ -97,8 +104,7 @@ class Vault:
         return self._parse(-1) if self.document.written else Keyring(issuer=ISSUER)
 
     def _parse(self, number: int) -> Keyring:
-        content = json.loads(self.document.written[number])
-        return keyring_of_content(content, issuer=ISSUER, store=self.store_name)
+        return _parsed(self.document.written[number], self.store_name)
 
     @property
     def states(self) -> list[KeyState]:
