@@ -33,14 +33,23 @@ class Proof:
     minutes: int = 25
 
 
+_ROTATION = "tests/e2e/test_acknowledged_rotation.py"
+
 PROOFS = {
     "rotations_under_load": Proof(
         "rotations by CI under load refuse no good token", ("tests/e2e/test_rotation_under_load.py",)
     ),
     "acknowledged_rotation": Proof(
-        "while three replicas rotate under load no live verifier misses a key; verifiers with a timer do, where brokers"
-        " do not wait",
-        ("tests/e2e/test_acknowledged_rotation.py",),
+        "while three replicas rotate under load, no live verifier misses a key",
+        ("tests/e2e/test_acknowledged_rotation.py::test_no_live_verifier_misses_a_key_through_acknowledged_rotations",),
+    ),
+    "rotation_without_waiting": Proof(
+        "verifiers with a timer refuse good tokens where brokers do not wait for them",
+        (f"{_ROTATION}::test_a_verifier_with_a_timer_refuses_good_tokens_where_the_broker_does_not_wait",),
+    ),
+    "key_revoked": Proof(
+        "a signing key is revoked: within a second all verifiers refuse it, and no token of the next key is refused",
+        ("tests/e2e/test_key_revocation.py",),
     ),
     "simultaneous_rotations": Proof(
         "two requests at the same moment cause one rotation; brokers killed at any moment lose nothing",

@@ -170,6 +170,7 @@ class FleetLoad:
         self._fleet = fleet
         self._caller = fleet.identity()
         self._again = again
+        self._judges = [judge for members in judges.values() for judge in members]
         self._pause = len(fleet) / issues_per_second
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -244,11 +245,14 @@ class FleetLoad:
 
     def _hand_out(self, number: int, token: str) -> None:
         unverified = parse_unverified(token)
+        loaded = [generation for judge in self._judges if (generation := judge.loaded()) is not None]
         end, came = datetime.fromtimestamp(unverified.unverified_payload["exp"], UTC), time.monotonic()
         for inbox in self._queues:
             inbox.put((token, unverified.kid, end, came))
         with self._lock:
             self.issued += 1
+            if loaded:
+                self.loaded[unverified.kid] = min(*loaded, self.loaded.get(unverified.kid, loaded[0]))
             self.by_key[unverified.kid] += 1
             self.issued_of_revoked[unverified.kid] += unverified.kid in self.revoked
             self.latest[number] = token, unverified.kid
@@ -257,11 +261,8 @@ class FleetLoad:
         rng = random.Random(1)  # noqa: S311 - picks a token, guards nothing
         alive: deque[_Item] = deque(maxlen=_ALIVE)
         while (item := inbox.get()) is not None:
-            loaded = judge.loaded()
             with self._lock:
                 self.longest_wait = max(self.longest_wait, time.monotonic() - item[3])
-                if loaded is not None:
-                    self.loaded[item[1]] = min(loaded, self.loaded.get(item[1], loaded))
             self._verify(kind, judge, item)
             if self._again:
                 while alive and alive[0][2] <= datetime.now(UTC):
