@@ -253,7 +253,16 @@ def start_fleet(
             members.append(replica)
         with ThreadPoolExecutor(replicas) as starting:
             list(starting.map(Replica.start, members))
+        stack.callback(_tell_to_stop, members)
         yield Fleet(place, postgres, database, ca, directory, members)
+
+
+def _tell_to_stop(replicas: Sequence[Replica]) -> None:
+    """Have all drain at the same time; each is waited for when it is closed."""
+    for replica in replicas:
+        if replica.running:
+            replica.resume()
+            replica.broker.process.terminate()
 
 
 @contextmanager
