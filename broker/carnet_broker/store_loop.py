@@ -48,6 +48,8 @@ _BATCH: Final = 500
 """Changes of sessions in one transaction."""
 _ASK_WITHIN: Final = 3.0
 """Seconds that whoever asks for a reading waits for it."""
+_LOOK_AT_MOST_EVERY: Final = 0.1
+"""Seconds between two looks for a newer keyring, however much verifiers have to say."""
 _LISTEN_FOR: Final = timedelta(seconds=30)
 _CLEAN_EVERY: Final = 600.0
 _EPOCH_AT_MOST_EVERY: Final = 60.0
@@ -122,7 +124,7 @@ class StoreLoop:
         self._restored = False
         self._cleaned_at = clock.mono()
         self._claimed_at = float("-inf")
-        self._generation_seen = 0
+        self._generations_seen = (0, 0)
         self._seen: ReplicasSeen | None = None
         self._offset = timedelta(0)
         self._started_at, self._started_mono = clock.now(), clock.mono()
@@ -231,9 +233,7 @@ class StoreLoop:
         self._write_sessions()
         if mono - self._renewed_at >= self._renew_every or self._generation() != self._renewed_generation:
             self._renew()
-        if mono - self._looked_at >= self._poll_interval / 2:
-            self._look_for_a_newer_keyring()
-            self._looked_at = mono
+        self._look_for_a_newer_keyring(mono)
         if mono - self._cleaned_at >= _CLEAN_EVERY:
             self._store.leases.clean()
             self._cleaned_at = mono
@@ -354,12 +354,19 @@ class StoreLoop:
         self._restored = False
         self.wake()
 
-    def _look_for_a_newer_keyring(self) -> None:
+    def _look_for_a_newer_keyring(self, mono: float) -> None:
+        """Look now, or soon where that was done just now: a key that was revoked must not wait for the poll."""
+        pause = self._looked_at + _LOOK_AT_MOST_EVERY - mono
+        if pause > 0:
+            with self._due:
+                self._bring_forward(self._writing, pause)
+            return
         mirrored = self._store.mirror.load()
-        newest = max(self._store.rollout.state().generation, 0 if mirrored is None else mirrored.generation)
-        if newest > max(self._generation(), self._generation_seen):
+        # Raised comes before Vault has the document, and mirrored after: each of them is news.
+        seen = self._store.rollout.state().generation, 0 if mirrored is None else mirrored.generation
+        if seen != self._generations_seen and max(seen) > self._generation():
             self._newer_keyring()
-        self._generation_seen = newest
+        self._generations_seen, self._looked_at = seen, mono
 
     def _append(self, entries: Sequence[NewRevocation]) -> Appended:
         appended = self._store.log.append(entries)

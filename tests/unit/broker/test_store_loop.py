@@ -379,6 +379,24 @@ def test_a_newer_keyring_of_another_replica_is_told_of_once(data, clock):
     assert 2 == replica.heard.newer
 
 
+def test_a_keyring_that_was_raised_is_told_of_again_when_it_is_mirrored(data, clock):
+    """When it is raised Vault has no document of it yet: whoever looks then has to look again."""
+    replica = Replica(data, clock)
+    data.open().rollout.raise_to(2, "kid")
+    replica.loop.round()
+    assert 1 == replica.heard.newer
+    data.open().mirror.save(2, {"generation": 2})
+    clock.move(1)
+    replica.loop.round()
+    assert 2 == replica.heard.newer
+    replica.generation = 2
+    data.open().mirror.save(3, {"generation": 3})
+    replica.generation = 3
+    clock.move(1)
+    replica.loop.round()
+    assert 2 == replica.heard.newer, "this broker has it already"
+
+
 def test_the_store_is_cleaned_now_and_then_and_what_has_ended_is_dropped_here(data, clock):
     """By clocks that do not run ahead."""
     replica = Replica(data, clock)
@@ -433,6 +451,24 @@ async def test_the_thread_reads_when_the_store_tells_and_ends_its_lease_at_the_e
     (lease,) = data.open().replicas.renew(_report("two")).replicas[:1]
     assert lease.replica_id != "one" or not lease.is_live(datetime.now(UTC))
     assert not await replica.loop.read_again()
+
+
+def test_a_newer_keyring_is_told_of_long_before_the_poll_however_often_there_is_something_to_write():
+    """A look just before it was mirrored puts the next look off by a moment, and not to the next poll."""
+    data = FakeStoreData()
+    replica = Replica(data, RealClock())
+    replica.loop.start()
+    try:
+        until(lambda: replica.heard.answered > 1)
+        for generation in range(2, 12):
+            replica.loop.wake()
+            time.sleep(0.01 * generation)
+            data.open().mirror.save(generation, {"generation": generation})
+            started = time.monotonic()
+            until(lambda generation=generation: replica.heard.newer >= generation - 1)
+            assert time.monotonic() - started < TIMING.poll_interval.total_seconds() / 2
+    finally:
+        replica.loop.stop()
 
 
 async def test_who_revokes_does_not_wait_for_a_store_that_hangs():
