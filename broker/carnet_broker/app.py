@@ -118,6 +118,7 @@ class Broker:
             generation=self._generation,
             changed=self._changed,
             newer_keyring=lambda: self._keyring_loop.wake(),  # noqa: PLW0108 - it comes later
+            sessions_written=lambda changes: self._keyring_loop.hear(changes),  # noqa: PLW0108 - it comes later
         )
         self.telemetry.trust.show_age(lambda: self._age().total_seconds())
         self._identities = IdentityCache(LeafRules(max_life=files.max_leaf_life))

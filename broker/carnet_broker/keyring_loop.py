@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from carnet.errors import CarnetError
 from carnet_broker.core.keyring import Keyring, KeyState
-from carnet_broker.ports import Clock, KeyStoreUnavailableError, StoreUnavailableError
+from carnet_broker.ports import Clock, Joined, KeyStoreUnavailableError, SessionChange, StoreUnavailableError
 from carnet_broker.rotation import RotationDriver, RotationProgress
 
 __all__ = ["KeyringLoop", "UnknownKeyError", "VaultEvents"]
@@ -113,6 +113,15 @@ class KeyringLoop:
     def wake(self) -> None:
         """Begin a round now, or when the one under way is over. Any thread may ask."""
         self._wake.set()
+
+    def hear(self, changes: Iterable[SessionChange]) -> None:
+        """Begin a round where a verifier that the rotation waits for has acknowledged something, or has left."""
+        progress = self.progress
+        if progress is None or not progress.laggards:
+            return
+        awaited = {(session.spiffe_id, session.instance_id) for session in progress.laggards}
+        if any(not isinstance(one, Joined) and (one.spiffe_id, one.instance_id) in awaited for one in changes):
+            self.wake()
 
     def revoke_key(self, kid: str) -> Future[Keyring]:
         """Stop trusting a key at once, and return what becomes of the keyring. Any thread may ask.

@@ -29,7 +29,7 @@ from carnet_broker.edges.grpc.watch import Watchers, WatchRules
 from carnet_broker.edges.store import open_store
 from carnet_broker.issuance import Refusal, RefusalReason
 from carnet_broker.keyring_loop import KeyringLoop
-from carnet_broker.ports import AuditSink, Clock, StoreUnavailableError
+from carnet_broker.ports import AuditSink, Clock, SessionChange, StoreUnavailableError
 from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.revoking import Revoker
 from carnet_broker.signing import KeyringHolder, KeyringView
@@ -60,6 +60,7 @@ class SharedState:
         generation: Callable[[], int],
         changed: Callable[[], None],
         newer_keyring: Callable[[], None],
+        sessions_written: Callable[[Sequence[SessionChange]], None],
     ) -> None:
         """Wire the parts; nothing is sent yet. Raises `ConfigError`. See `StoreLoop` for the callables."""
         self._config = config
@@ -105,6 +106,7 @@ class SharedState:
             generation=generation,
             changed=changed,
             newer_keyring=newer_keyring,
+            sessions_written=sessions_written,
         )
 
     def new_watchers(

@@ -23,8 +23,8 @@ from typing import Final
 
 from carnet.revocations import Revocation, lagging_time
 from carnet_broker.core.lost_entries import is_behind, lost_entries
+from carnet_broker.core.rollout import live_sessions
 from carnet_broker.ports import (
-    Acknowledged,
     Appended,
     Clock,
     LogPosition,
@@ -37,6 +37,7 @@ from carnet_broker.ports import (
     StoreUnavailableError,
 )
 from carnet_broker.revocation_view import RevocationHolder
+from carnet_broker.session_changes import Said, SessionChanges
 from carnet_broker.store_parts import StoreEvents, StorePorts, StoreTiming
 
 __all__ = ["StoreEvents", "StoreLoop", "StorePorts", "StoreTiming", "epoch_of"]
@@ -45,13 +46,14 @@ _AT_ONCE: Final = 0.0
 _GATHER_FOR: Final = 0.02
 """Seconds for which what verifiers say is gathered, so that a storm of them is a few transactions."""
 _BATCH: Final = 500
-"""Changes of sessions in one transaction."""
+"""Changes of sessions in one transaction, about."""
 _ASK_WITHIN: Final = 3.0
 """Seconds that whoever asks for a reading waits for it."""
 _LOOK_AT_MOST_EVERY: Final = 0.1
 """Seconds between two looks for a newer keyring, however much verifiers have to say."""
 _LISTEN_FOR: Final = timedelta(seconds=30)
 _CLEAN_EVERY: Final = 600.0
+_COUNT_EVERY: Final = 5.0
 _EPOCH_AT_MOST_EVERY: Final = 60.0
 """Seconds between two epochs that begin because of what a verifier claims."""
 _STOP_WITHIN: Final = 5.0
@@ -64,15 +66,6 @@ class _Turns:
 
     due_at: float = 0.0
     failing: bool = False
-
-
-@dataclass(slots=True)
-class _Said:
-    """A change of a session that is not written yet."""
-
-    change: SessionChange
-    mono: float
-    told: Callable[[SessionOutcome], None] | None
 
 
 class StoreLoop:
@@ -91,12 +84,13 @@ class StoreLoop:
         generation: Callable[[], int],
         changed: Callable[[], None],
         newer_keyring: Callable[[], None],
+        sessions_written: Callable[[Sequence[SessionChange]], None],
     ) -> None:
         """Wire the parts.
 
         `generation` is that of the keyring in force here. `changed` hears that the revocations have changed,
-        `newer_keyring` that another replica has published a keyring that this one does not have. Both are called in
-        threads of the loop and must not wait.
+        `newer_keyring` that another replica has published a keyring that this one does not have, and `sessions_written`
+        what verifiers have said, once the store has it. All are called in threads of the loop and must not wait.
         """
         self._store = store
         self._holder = holder
@@ -108,12 +102,13 @@ class StoreLoop:
         self._generation = generation
         self._changed = changed
         self._newer_keyring = newer_keyring
+        self._sessions_written = sessions_written
         self._poll_interval = timing.poll_interval.total_seconds()
         self._renew_every = timing.lease.total_seconds() / 3
         self._due = threading.Condition()
         self._reading = _Turns()
         self._writing = _Turns()
-        self._said: list[_Said] = []
+        self._said = SessionChanges()
         self._asked: list[Future[bool]] = []
         self._claims: list[LogPosition] = []
         self._stopping = False
@@ -122,6 +117,7 @@ class StoreLoop:
         self._renewed_generation = -1
         self._renewed_epoch = -1
         self._restored = False
+        self._counted_at = float("-inf")
         self._cleaned_at = clock.mono()
         self._claimed_at = float("-inf")
         self._generations_seen = (0, 0)
@@ -153,13 +149,8 @@ class StoreLoop:
 
     def report(self, change: SessionChange, told: Callable[[SessionOutcome], None] | None = None) -> None:
         """Write a change of a session soon. `told` hears the outcome, in a thread of the loop."""
-        said = _Said(change, self._clock.mono(), told)
+        self._said.add(Said(change, self._clock.mono(), told))
         with self._due:
-            last = self._said[-1] if self._said else None
-            if isinstance(change, Acknowledged) and last is not None and _is_outdone(last.change, change):
-                self._said[-1] = said
-            else:
-                self._said.append(said)
             self._bring_forward(self._writing, _GATHER_FOR)
 
     def append(self, entries: Sequence[NewRevocation]) -> Future[Appended]:
@@ -234,6 +225,9 @@ class StoreLoop:
         if mono - self._renewed_at >= self._renew_every or self._generation() != self._renewed_generation:
             self._renew()
         self._look_for_a_newer_keyring(mono)
+        if self._seen is not None and mono - self._counted_at >= _COUNT_EVERY:
+            self._count_verifiers(self._seen)
+            self._counted_at = mono
         if mono - self._cleaned_at >= _CLEAN_EVERY:
             self._store.leases.clean()
             self._cleaned_at = mono
@@ -296,22 +290,22 @@ class StoreLoop:
         return None, ()
 
     def _write_sessions(self) -> None:
-        """Write what verifiers have said. What cannot be written now stays first."""
-        while True:
-            with self._due:
-                batch, self._said = self._said[:_BATCH], self._said[_BATCH:]
-            if not batch:
-                return
+        """Write what verifiers have said. What cannot be written now stays for the next round."""
+        while batch := self._said.take(_BATCH):
             mono = self._clock.mono()
             try:
-                outcomes = self._store.sessions.write([_aged(said, mono) for said in batch])
+                outcomes = self._store.sessions.write([said.aged(mono) for said in batch])
             except BaseException:
-                with self._due:
-                    self._said[:0] = batch
+                self._said.put_back(batch)
                 raise
             for said, outcome in zip(batch, outcomes, strict=True):
-                if said.told is not None:
-                    said.told(outcome)
+                said.tell(outcome)
+            self._sessions_written([said.change for said in batch])
+
+    def _count_verifiers(self, seen: ReplicasSeen) -> None:
+        """Tell how many verifiers are live, of all brokers."""
+        replicas = {replica.replica_id: replica for replica in seen.replicas}
+        self._events.verifiers_counted(len(live_sessions(self._store.sessions.all(), replicas, seen.now)))
 
     def _renew(self) -> None:
         generation = self._generation()
@@ -438,16 +432,6 @@ def _answer(asked: Sequence[Future[bool]], *, well: bool) -> None:
     for future in asked:
         if future.set_running_or_notify_cancel():
             future.set_result(well)
-
-
-def _is_outdone(earlier: SessionChange, later: Acknowledged) -> bool:
-    return isinstance(earlier, Acknowledged) and earlier.stream == later.stream
-
-
-def _aged(said: _Said, mono: float) -> SessionChange:
-    if isinstance(said.change, Acknowledged):
-        return replace(said.change, ago=timedelta(seconds=max(mono - said.mono, 0.0)))
-    return said.change
 
 
 def epoch_of(now: datetime) -> int:

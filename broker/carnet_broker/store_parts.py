@@ -34,6 +34,9 @@ class StoreEvents(Protocol):
     def revocations_read(self, position: LogPosition, count: int) -> None:
         """Tell how far this replica is in the log, and how many entries are in force."""
 
+    def verifiers_counted(self, live: int) -> None:
+        """Tell how many verifiers are live, of all brokers."""
+
     def lease_renewed(self, *, live_replicas: int, clock_offset: float) -> None:
         """Tell how many brokers are live, and how far the store's clock is from ours, in seconds."""
 

@@ -58,6 +58,7 @@ class TrustTelemetry:
             registry=registry,
         )
         self.replicas = Gauge("carnet_live_replicas", "Brokers whose lease has not ended.", registry=registry)
+        self.verifiers = Gauge("carnet_live_verifiers", "Live verifiers of all brokers.", registry=registry)
         self.unrecorded = Counter(
             "carnet_revocations_unrecorded_total",
             "Revocations that hold and are not on the audit record.",
@@ -125,6 +126,10 @@ class TrustTelemetry:
         """Count and log a revocation that is not on the audit record."""
         self.unrecorded.inc()
         self._log.error("revocation_unrecorded", cause=str(error))
+
+    def verifiers_counted(self, live: int) -> None:
+        """Show how many verifiers are live, of all brokers."""
+        self.verifiers.set(live)
 
     def lease_renewed(self, *, live_replicas: int, clock_offset: float) -> None:
         """Show what the store said of the brokers, and how far its clock is from ours, in seconds."""

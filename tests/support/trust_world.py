@@ -178,6 +178,7 @@ class Broker:
             generation=lambda: self.generation,
             changed=lambda: self.watchers.changed(),  # noqa: PLW0108 - it is made later
             newer_keyring=self._read_keyring,
+            sessions_written=lambda _: None,
         )
         self.driver: Any = RotationDriver(
             document=vault[0],
@@ -304,6 +305,9 @@ class _StoreHeard:
         self._broker.restored += 1
 
     def revocations_read(self, position: LogPosition, count: int) -> None:
+        pass
+
+    def verifiers_counted(self, live: int) -> None:
         pass
 
     def lease_renewed(self, *, live_replicas: int, clock_offset: float) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 import pytest
@@ -14,8 +14,10 @@ import pytest
 from carnet_broker import keyring_loop
 from carnet_broker.core.keyring import Keyring, KeyState
 from carnet_broker.core.requests import RequestKind
+from carnet_broker.core.rollout import VerifierSession
 from carnet_broker.keyring_loop import KeyringLoop, UnknownKeyError
-from carnet_broker.ports import Clock, KeyStoreUnavailableError, StoreUnavailableError
+from carnet_broker.ports import Acknowledged, Clock, Joined, KeyStoreUnavailableError, Left, StoreUnavailableError
+from carnet_broker.rotation import RotationProgress
 from support.keyrings import SECOND, T0, running
 from support.rotation import ManualClock, Replica, Vault, go_wrong
 
@@ -41,6 +43,7 @@ class Driver:
     asked_to_revoke: list[tuple[str, ...]] = field(default_factory=list)
     without_store: list[str | None] = field(default_factory=list)
     keyring: Keyring | None = None
+    progress: RotationProgress | None = None
 
     def tick(self, clock: Clock, *, revoke: Sequence[str] = ()) -> datetime | None:
         """Do a round."""
@@ -128,6 +131,43 @@ def test_a_round_in_the_calling_thread_raises_what_happened():
 
 
 # -- the thread --------------------------------------------------------------------------------------------------------
+
+
+LAGGARD = VerifierSession(
+    spiffe_id="spiffe://prod.example/ns/shop/sa/payments",
+    instance_id="v1",
+    audience="payments",
+    replica_id="one",
+    generation=1,
+    generation_at=T0,
+    revocation_version=0,
+    revocation_at=T0,
+    max_staleness=60 * SECOND,
+)
+HEARD = Acknowledged(LAGGARD.spiffe_id, "v1", "s1", 2, 0, timedelta(0))
+
+
+@pytest.mark.parametrize(
+    ("laggards", "changes", "rounds"),
+    [
+        ((LAGGARD,), [HEARD], 2),
+        ((LAGGARD,), [Left(LAGGARD.spiffe_id, "v2", "s2"), Left(LAGGARD.spiffe_id, "v1", "s1")], 2),
+        ((LAGGARD,), [Joined(LAGGARD, "s3"), replace(HEARD, instance_id="v2")], 1),
+        ((LAGGARD,), [], 1),
+        ((), [HEARD], 1),
+        (None, [HEARD], 1),
+    ],
+    ids=["acknowledged", "left", "others", "nobody", "waits for nobody", "no round yet"],
+)
+def test_the_last_answer_that_a_rotation_waits_for_is_looked_at_at_once(laggards, changes, rounds):
+    """It does not wait for the next poll. What others say is no reason to ask Vault."""
+    driver = Driver()
+    if laggards is not None:
+        driver.progress = RotationProgress(Keyring(issuer="https://tokens.prod.example"), None, None, laggards)
+    with driver.running() as loop:
+        loop.hear(changes)
+        assert (rounds == 2) is driver.ended.acquire(timeout=10 if rounds == 2 else 0.1)
+    assert rounds == driver.rounds
 
 
 def test_it_polls_again_and_again():

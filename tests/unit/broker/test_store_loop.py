@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -18,6 +18,7 @@ from carnet_broker.ports import (
     LogPosition,
     NewRevocation,
     ReplicaReport,
+    SessionChange,
     StoreUnavailableError,
 )
 from carnet_broker.revocation_view import RevocationHolder
@@ -74,6 +75,8 @@ class Heard:
     changed: int = 0
     newer: int = 0
     lease: tuple[int, float] | None = None
+    live: list[int] = field(default_factory=list)
+    written: list[SessionChange] = field(default_factory=list)
 
     def store_answered(self) -> None:
         """Count."""
@@ -93,6 +96,10 @@ class Heard:
     def lease_renewed(self, *, live_replicas: int, clock_offset: float) -> None:
         """Keep."""
         self.lease = live_replicas, clock_offset
+
+    def verifiers_counted(self, live: int) -> None:
+        """Keep."""
+        self.live.append(live)
 
     def on_change(self) -> None:
         """Count."""
@@ -130,6 +137,7 @@ class Replica:
             generation=lambda: self.generation,
             changed=self.heard.on_change,
             newer_keyring=self.heard.on_newer_keyring,
+            sessions_written=self.heard.written.extend,
         )
 
 
@@ -497,3 +505,38 @@ async def test_a_stop_does_not_need_the_store():
 
 def _report(name: str) -> ReplicaReport:
     return ReplicaReport(replica_id=name, version="1", generation=1, revocation_version=0, lease=timedelta(seconds=15))
+
+
+# -- how many there are ------------------------------------------------------------------------------------------------
+
+
+def test_live_verifiers_of_all_brokers_are_counted_each_few_seconds(data, clock):
+    """Those that poll are not live; nor is the store read for it at each round."""
+    replica, other = Replica(data, clock, "one"), Replica(data, clock, "two")
+    replica.loop.report(Joined(session("v1"), "s1"), None)
+    other.loop.report(Joined(replace(session("v2"), replica_id="two"), "s2"), None)
+    other.loop.report(Joined(replace(session("v3"), replica_id="two", polls=True), "s3"), None)
+    other.loop.round()
+    replica.loop.round()
+    assert [2] == replica.heard.live
+    replica.loop.report(Left(PAYMENTS, "v1", "s1"))
+    clock.move(4)
+    replica.loop.round()
+    assert [2] == replica.heard.live
+    clock.move(2)
+    replica.loop.round()
+    assert [2, 1] == replica.heard.live
+
+
+def test_what_verifiers_have_said_is_passed_on_once_the_store_has_it(data, clock):
+    """Not before: whoever hears it counts them in the store."""
+    replica = Replica(data, clock)
+    left = Left(PAYMENTS, "v1", "s1")
+    replica.loop.report(left)
+    data.down = True
+    with pytest.raises(StoreUnavailableError):
+        replica.loop.round()
+    assert [] == replica.heard.written
+    data.down = False
+    replica.loop.round()
+    assert [left] == replica.heard.written
