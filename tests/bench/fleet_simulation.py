@@ -20,7 +20,7 @@ from bench.fleet_model import Costs, Fleet, Run, percentile
 from bench.fleet_page import page_with_tables, tables
 from bench.fleet_sizes import changes, message_sizes, on_the_wire
 
-__all__ = ["bend", "measured", "simulate"]
+__all__ = ["bend", "costs_of", "death", "fleet_figures", "measured", "wire"]
 
 ROOT: Final = Path(__file__).parents[2]
 MEASURED: Final = ROOT / "docs" / "measurements" / "trust_stream_cost.json"
@@ -244,21 +244,23 @@ def _rounded(value: float) -> int:
     return int(round(value, 2 - math.floor(math.log10(value)))) if value >= 1000 else round(value)
 
 
+def fleet_figures(fleet: Fleet, costs: Costs, sent: dict[str, float]) -> dict[str, Any]:
+    """Return what becomes of one fleet in each scenario."""
+    return {
+        "streams_of_a_process": fleet.verifiers // fleet.processes,
+        "quiet": quiet(fleet, costs, sent),
+        "generation": one_change(fleet, costs, sent, "key_set_of_3"),
+        "revocation": one_change(fleet, costs, sent, "delta_of_1"),
+        "burst": burst(fleet, costs, sent),
+        "death": death(fleet, costs, sent),
+    }
+
+
 def simulate(figures: dict[str, Any], *, verifiers: int = VERIFIERS, processes: Iterable[int] = PROCESSES) -> Any:  # noqa: ANN401 - JSON
     """Return all figures. `figures` are the costs."""
     sent = wire(figures)
     costs = costs_of(figures)
-    fleets = {}
-    for count in processes:
-        fleet = Fleet(verifiers, count)
-        fleets[str(count)] = {
-            "streams_of_a_process": verifiers // count,
-            "quiet": quiet(fleet, costs, sent),
-            "generation": one_change(fleet, costs, sent, "key_set_of_3"),
-            "revocation": one_change(fleet, costs, sent, "delta_of_1"),
-            "burst": burst(fleet, costs, sent),
-            "death": death(fleet, costs, sent),
-        }
+    fleets = {str(count): fleet_figures(Fleet(verifiers, count), costs, sent) for count in processes}
     return {
         "costs": figures,
         "bare_costs": BARE,
