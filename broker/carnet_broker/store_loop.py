@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from carnet.revocations import Revocation, lagging_time
-from carnet_broker.core.lost_entries import is_behind, lost_entries
+from carnet_broker.core.lost_entries import as_they_were, is_behind, lost_entries, outrun_entries, raised
 from carnet_broker.core.rollout import live_sessions
 from carnet_broker.ports import (
     Appended,
@@ -244,50 +244,49 @@ class StoreLoop:
         view = self._holder.view
         after = None if view is None else view.position
         page = self._store.log.read(after)
-        seen, lost = self._what_is_lost(page, after, claims, mono)
+        seen, carry = self._what_is_missed(page, after, claims, mono)
         if seen is not None:
             self._events.store_restored(seen, page.position)
-            own = self._holder.revocations.entries()
-            self._store.log.begin_epoch(seen=seen, carry=own, now=now)
+            self._store.log.begin_epoch(seen=seen, carry=carry, now=now)
             now, mono = self._clock.now(), self._clock.mono()
             page = self._store.log.read(after)
-            lost = ()  # They were carried over.
+        lacking = self._what_it_lacks(page, after)
         if self._holder.take(page, now=now, mono=mono):
             self._changed()
-        if lost:
-            # Another replica has begun the epoch, and did not know of these.
-            again = [
-                NewRevocation(
-                    kind=entry.kind,
-                    value=entry.value,
-                    expires_at=entry.expires_at,
-                    before_version=entry.before_version or None,
-                    reason="carried over into a new epoch",
-                )
-                for entry in lost
-            ]
-            self._append(again)
+        if lacking:
+            self._append(lacking)
         self._events.revocations_read(page.position, len(self._holder.revocations))
 
-    def _what_is_lost(
+    def _what_is_missed(
         self, page: RevocationPage, after: LogPosition | None, claims: Sequence[LogPosition], mono: float
     ) -> tuple[LogPosition | None, tuple[Revocation, ...]]:
-        """Return what was seen that the store is behind of, and entries of ours that a new epoch lacks."""
+        """Return what was seen that the store is behind of, and what is known for certain from before that."""
         found = page.position
         if after is not None and is_behind(found, after):
-            return after, ()
+            return after, self._holder.revocations.entries()
         if after is not None and page.snapshot:
-            lost = lost_entries(page, self._holder.revocations.entries())
-            if lost and found.epoch == after.epoch:
+            own = self._holder.revocations.entries()
+            if found.epoch == after.epoch and lost_entries(page, own):
                 # It was restored, and has gone on beyond what we had seen: other entries, at the same versions.
-                return replace(after, version=found.version + 1), ()
-            return None, lost
+                return replace(after, version=found.version + 1), own
+            return None, ()
         highest = max(claims, key=lambda claim: (claim.epoch, claim.version), default=None)
         is_due = mono - self._claimed_at >= _EPOCH_AT_MOST_EVERY
         if highest is not None and is_behind(found, highest) and is_due:
             self._claimed_at = mono
-            return highest, ()
+            return highest, ()  # Each of ours may have come after the restoration.
         return None, ()
+
+    def _what_it_lacks(self, page: RevocationPage, after: LogPosition | None) -> list[NewRevocation]:
+        """Return what is to be entered into a log that does not go on from where we were.
+
+        Another replica has begun the epoch, and did not know of all that we know; nor did those who revoked meanwhile.
+        """
+        if after is None or not page.snapshot:
+            return []
+        own = self._holder.revocations.entries()
+        outrun = outrun_entries(page.entries, own, seen=after.version, now=page.read_at)
+        return as_they_were(lost_entries(page, own)) + raised(outrun)
 
     def _write_sessions(self) -> None:
         """Write what verifiers have said. What cannot be written now stays for the next round."""
@@ -343,8 +342,8 @@ class StoreLoop:
         if view is not None:
             self._events.store_restored(view.position, view.position)
             seen = replace(view.position, version=view.position.version + 1)
-            own = self._holder.revocations.entries()
-            self._store.log.begin_epoch(seen=seen, carry=own, now=self._clock.now())
+            # Nothing is carried: each of ours is there, and may have come after the restoration.
+            self._store.log.begin_epoch(seen=seen, carry=(), now=self._clock.now())
         self._restored = False
         self.wake()
 
@@ -363,7 +362,16 @@ class StoreLoop:
         self._generations_seen, self._looked_at = seen, mono
 
     def _append(self, entries: Sequence[NewRevocation]) -> Appended:
+        view = self._holder.view
         appended = self._store.log.append(entries)
+        given_after = replace(appended.position, version=appended.position.version - len(appended.entries))
+        if view is not None and is_behind(given_after, view.position):
+            # The store was restored, and gave versions that tokens have in their `rv` already.
+            self._events.store_restored(view.position, given_after)
+            seen = replace(view.position, version=max(view.position.version, appended.position.version) + 1)
+            own = self._holder.revocations.entries()
+            self._store.log.begin_epoch(seen=seen, carry=own, now=self._clock.now())
+            appended = self._store.log.append(entries)
         if self._holder.extend(appended):
             self._changed()
         else:

@@ -236,7 +236,12 @@ def test_store_that_was_emptied_begins_an_epoch_above_what_was_seen(place: Store
     block = Revocation(66, RevocationKind.BLOCK, BOB, 66, None)
     begun = store.revocations.begin_epoch(seen=seen, carry=[block], now=place.clock.now())
     assert begun.epoch > made.epoch
-    assert 1_000_071 == begun.version == store.revocations.read(None).entries[-1].version
+    # What is carried over, and what was revoked since with a version that tokens were beyond.
+    entries = store.revocations.read(None).entries
+    assert [(BOB, 1_000_071, 66), (ALICE, 1_000_072, 1_000_072)] == [
+        (entry.value, entry.version, entry.before_version) for entry in entries[-2:]
+    ]
+    assert begun.version == entries[-1].version
     # A life that began after what was seen is above it, and stays.
     assert begun == store.revocations.begin_epoch(seen=seen, carry=[block], now=place.clock.now())
 
@@ -269,14 +274,18 @@ def test_only_what_is_in_force_and_lacking_is_carried_over(place: StorePlace):
 
 
 def test_block_is_carried_over_although_the_store_holds_a_lift(place: StorePlace):
-    """Versions of a restored store may have been given twice: they do not say that the lift came later."""
+    """Versions of a restored store may have been given twice: they do not say that the lift came later.
+
+    For the same reason the lift names tokens anew, and ends no block by it.
+    """
     store = place.open()
     lift = revoked(place, kind=RevocationKind.LIFT)
     store.revocations.append([lift])
     block = Revocation(1, RevocationKind.BLOCK, ALICE, 1, None)
     seen = LogPosition(store.revocations.read(None).position.epoch, 9, b"x" * 32)
     store.revocations.begin_epoch(seen=seen, carry=[block], now=place.clock.now())
-    assert [RevocationKind.LIFT, RevocationKind.BLOCK] == [e.kind for e in store.revocations.read(None).entries]
+    kinds = [entry.kind for entry in store.revocations.read(None).entries]
+    assert [RevocationKind.LIFT, RevocationKind.BLOCK, RevocationKind.SUBJECT] == kinds
 
 
 # Verifiers

@@ -7,9 +7,10 @@ from datetime import timedelta
 
 import pytest
 
+from carnet.revocations import RevocationKind
 from carnet_broker.core.rollout import RECOUNT_FOR, Permit
 from carnet_broker.ports import ReplicasSeen, WaitingFor
-from support.store_places import StorePlace, joined, report
+from support.store_places import ALICE, BOB, StorePlace, joined, report, revoked
 
 SECOND = timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
@@ -104,3 +105,29 @@ def test_lease_that_was_cleaned_up_is_no_restoration(place: StorePlace):
     now = store.replicas.renew(report("other")).now
     assert not store.replicas.renew(replace(report(), renewed_at=now - 11 * MINUTE)).restored
     assert store.replicas.renew(replace(report("third"), renewed_at=now - MINUTE)).restored
+
+
+@pytest.mark.parametrize("kind", [RevocationKind.SUBJECT, RevocationKind.LIFT])
+def test_what_was_revoked_between_restoration_and_discovery_is_raised_above_all(
+    place: StorePlace, kind: RevocationKind
+):
+    """It got a version that was given before, and misses tokens; what was known before is entered at no new version."""
+    store = place.open()
+    store.revocations.append([revoked(place, ALICE)])
+    store.close()
+    put_back = place.backup()
+    store = place.open()
+    store.revocations.append([revoked(place, "B" * 22, RevocationKind.TOKEN)] * 3)
+    known = store.revocations.read(None)
+    store.close()
+    put_back()
+    store = place.open()
+    entry = store.revocations.append([revoked(place, BOB, kind)]).entries[0]
+    assert entry.before_version < known.position.version
+    store.revocations.begin_epoch(seen=known.position, carry=known.entries, now=place.clock.now())
+    page = store.revocations.read(None)
+    last = page.entries[-1]
+    assert (RevocationKind.SUBJECT, BOB, entry.expires_at) == (last.kind, last.value, last.expires_at)
+    assert known.position.version + 1_000_000 < last.before_version == last.version == page.position.version
+    assert [1] == [entry.before_version for entry in page.entries if entry.value == ALICE]
+    assert page.position == store.revocations.read(page.position).position

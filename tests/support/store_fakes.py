@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind
+from carnet_broker.core.lost_entries import outrun_entries, raised
 from carnet_broker.core.rollout import (
     Permit,
     ReplicaLease,
@@ -233,10 +234,10 @@ class FakeRevocations:
                 version=max(log.version, seen.version) + EPOCH_JUMP,
                 digest=GENESIS_DIGEST,
             )
-            carried = [
-                replace(entry, version=version)
-                for version, entry in enumerate(lacking(carry, tables.entries, now), start.version + 1)
-            ]
+            missing = lacking(carry, tables.entries, now)
+            carried = [replace(entry, version=version) for version, entry in enumerate(missing, start.version + 1)]
+            outrun = raised(outrun_entries(tables.entries, carry, seen=start.version, now=now))
+            carried += [numbered(new, version) for version, new in enumerate(outrun, start.version + len(carried) + 1)]
             tables.entries.extend(carried)
             tables.restored_at = self._store.data.now()
             tables.position = _after(start, carried)

@@ -106,9 +106,11 @@ class RevocationLog(Protocol):
         """Begin a new epoch, because the store is behind what was `seen` of it: it was restored from a backup.
 
         The epoch is higher than any seen, and versions go on far above the highest seen. The entries of `carry` that
-        have not ended and that the store lacks are entered anew, with their own `before_version`. Verifiers are counted
-        again from now on, before there is another permit. Does nothing, and
-        returns the position as it is, where the store is no longer behind `seen`: somebody else was first.
+        have not ended and that the store lacks are entered anew, with their own `before_version`. What names tokens by
+        `rv`, and is not in `carry`, may have been entered since the restoration, with a version that was given before:
+        it is entered anew for all tokens up to now. Verifiers are counted again from now on, before there is another
+        permit. Does nothing, and returns the position as it is, where the store is no longer behind `seen`: somebody
+        else was first.
         """
 
 

@@ -277,8 +277,92 @@ def test_what_the_first_replica_did_not_know_of_is_entered_into_the_new_epoch_by
     assert {token(number).value for number in (1, 2, 7)} == values
 
 
+ALICE = "spiffe://prod.example/ns/shop/sa/alice"
+
+
+def subject() -> NewRevocation:
+    """A subject to revoke."""
+    return NewRevocation(kind=RevocationKind.SUBJECT, value=ALICE, expires_at=T0 + timedelta(hours=1))
+
+
+def reach(data: FakeStoreData) -> int:
+    """Up to which `rv` tokens of the subject are refused."""
+    entries = data.open().revocations.read(None).entries
+    return max(entry.before_version for entry in entries if entry.value == ALICE) - 1
+
+
+def test_who_revokes_in_a_restored_store_gets_a_version_above_all_that_were_given(data, clock):
+    """Nobody had found out yet: the epoch begins first, and the answer is of the new one."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    backup = data.copy()
+    replica.loop.append([token(1), token(2)]).result(5)
+    seen = replica.holder.view.position
+    data.restore(backup)
+    appended = replica.loop.append([subject()]).result(5)
+    assert appended.position.epoch > seen.epoch
+    assert appended.entries[0].before_version > seen.version
+    assert 1 == len(replica.heard.restored)
+    replica.loop.round()
+    assert appended.position == replica.holder.view.position
+    assert 1 == len(replica.heard.restored)
+    assert {token(1).value, token(2).value, ALICE} == {entry.value for entry in replica.holder.revocations.entries()}
+
+
+def test_what_another_revoked_in_a_restored_store_is_raised_by_whoever_finds_out(data, clock):
+    """The other one had seen less than the backup holds, so that its version looked new to it."""
+    first, second = Replica(data, clock, "one"), Replica(data, clock, "two")
+    second.loop.round()
+    backup = data.copy()
+    first.loop.round()
+    first.loop.append([token(number) for number in range(1, 6)]).result(5)
+    seen = first.holder.version
+    data.restore(backup)
+    assert 1 == second.loop.append([subject()]).result(5).position.version
+    first.loop.round()
+    assert reach(data) >= seen
+    assert 1 == len(first.heard.restored)
+
+
+def test_what_came_before_an_epoch_that_another_has_begun_is_raised_by_whoever_has_seen_more(data, clock):
+    """Whoever began it could not know that the `rv` of tokens had got beyond what was revoked."""
+    first, second = Replica(data, clock, "one"), Replica(data, clock, "two")
+    first.loop.round()
+    backup = data.copy()
+    first.loop.append([token(1)]).result(5)
+    second.loop.round()
+    first.loop.append([token(number) for number in range(2, 6)]).result(5)
+    seen = first.holder.version
+    data.restore(backup)
+    data.open().revocations.append([token(9), subject()])
+    known = second.holder.revocations.entries() + data.open().revocations.read(None).entries
+    data.open().revocations.begin_epoch(
+        seen=LogPosition(second.holder.view.position.epoch, 3, b"x" * 32), carry=known, now=clock.now()
+    )
+    assert 1 == reach(data)
+    first.loop.round()
+    assert reach(data) >= seen
+    version = data.open().revocations.read(None).position.version
+    first.loop.round()
+    second.loop.round()
+    assert version == data.open().revocations.read(None).position.version, "once is enough"
+
+
+async def test_what_was_revoked_before_a_verifier_told_of_more_is_raised(data, clock):
+    """All brokers began on the restored store, and revoked before one came that remembers."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    replica.loop.append([subject()]).result(5)
+    here = replica.holder.view.position
+    asked = asyncio.ensure_future(replica.loop.read_again(LogPosition(here.epoch, 40, here.digest)))
+    await asyncio.sleep(0)
+    replica.loop.round()
+    asked.cancel()
+    assert reach(data) >= 40
+
+
 async def test_a_claim_of_a_verifier_begins_an_epoch_at_most_once_a_minute(data, clock):
-    """A verifier that lies costs a snapshot a minute, and no more."""
+    """A verifier that lies costs a snapshot a minute, and tokens of those that were revoked lately; no more."""
     replica = Replica(data, clock)
     replica.loop.round()
     for expected, pause in ((1, 1), (1, 59), (2, 2)):

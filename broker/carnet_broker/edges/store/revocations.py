@@ -10,6 +10,7 @@ from sqlalchemy import Row, insert, select, update
 
 from carnet.errors import InvalidRevocationError
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, check_entry
+from carnet_broker.core.lost_entries import outrun_entries, raised
 from carnet_broker.edges.store.database import UNAVAILABLE, Database, Transaction, nonsense
 from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
 from carnet_broker.edges.store.migrate import epoch_of
@@ -93,7 +94,7 @@ class StoredRevocations:
                     reason=f"carried over from epoch {seen.epoch}, version {entry.version}",
                 )
                 for entry in lacking(carry, held, now)
-            ]
+            ] + raised(outrun_entries(held, carry, seen=start.version, now=now))
             entries = [(numbered(new, start.version + place), new) for place, new in enumerate(carried, 1)]
             note_restoration(transaction)
             return _enter(transaction, start, entries, transaction.now())
