@@ -276,11 +276,16 @@ def _lines(place: VaultPlace, postgres: Postgres, database: str) -> Iterator[tup
         yield vault, store, f"postgresql://postgres@/{database}?host={sockets}"
 
 
+_given: Final[set[int]] = set()
+
+
 def _port() -> int:
-    """Return a port that is free, and that the system gives to nobody who asks for any."""
+    """Return a port that is free, that was not given before, and that the system gives to nobody who asks for any."""
     order = random.Random(os.urandom(8))  # noqa: S311 - spreads tests that run side by side
     while True:
         port = order.randrange(_FIRST_PORT, _LAST_PORT)
         with suppress(OSError), socket.socket() as listener:
             listener.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
