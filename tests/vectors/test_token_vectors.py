@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 from collections import Counter
 from datetime import datetime
@@ -7,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from carnet import claims, encoding, jwk, verify
 from carnet.errors import InvalidTokenError, InvalidTokenReason
 from carnet.jwk import KeySet
 from carnet.verify import Binding, Expectations, verify_token
@@ -43,10 +46,24 @@ def test_the_file_holds_what_is_understood_and_each_vector_once() -> None:
     assert [] == [name for name, times in Counter(v["id"] for v in CONTENT["vectors"]).items() if times > 1]
 
 
+def reasons_of_the_verifier() -> set[InvalidTokenReason]:
+    """Return the reasons that `verify_token` can give: those named in its module, and in what that is made of."""
+    trees = [ast.parse(inspect.getsource(module)) for module in (verify, claims, encoding, jwk)]
+    return {
+        InvalidTokenReason[node.attr]
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "InvalidTokenReason"
+    }
+
+
 def test_every_reason_for_a_refusal_has_a_vector() -> None:
-    """All but the one for scopes, which is decided where the call is known, and not by the verifier."""
+    """All that the token, the keys and the moment decide. Scopes are looked at where the call is known, revocations
+    where they are kept.
+    """
     reasons = {InvalidTokenReason(v["reason"]) for v in CONTENT["vectors"] if v["result"] == "refused"}
-    assert set(InvalidTokenReason) - {InvalidTokenReason.INSUFFICIENT_SCOPE} == reasons
+    assert reasons_of_the_verifier() == reasons
+    assert {InvalidTokenReason.INSUFFICIENT_SCOPE, InvalidTokenReason.REVOKED} == set(InvalidTokenReason) - reasons
 
 
 def test_the_file_is_what_the_generator_writes() -> None:
