@@ -20,6 +20,7 @@ from carnet_broker.core.requests import RequestKind, RequestStatus
 from carnet_broker.edges.vault import RotationClient
 from support.child_lines import child
 from support.fleet import start_fleet
+from support.measurements import record
 from support.running_broker import BROKER_NAME, ISSUER, PAYMENTS, reason_of
 from support.vault import prepare
 from support.watching import hello, watching
@@ -216,7 +217,7 @@ def test_a_rolling_restart_fails_no_issue_and_refuses_no_good_token(fleet):
         finally:
             stop.set()
             thread.join(10)
-    print(dict(tally))
+    record("rolling_restart", {"replicas": len(fleet), "verifiers": len(verifiers), **tally})
     assert {"issued", "accepted"} == set(tally)
     assert tally["issued"] > 20
     assert 3 * tally["issued"] == tally["accepted"]
