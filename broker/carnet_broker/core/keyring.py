@@ -415,11 +415,12 @@ def _plan_permit(
     kid: str, now: datetime, timing: Timing, gate: Gate, *, due_at: datetime, ends: list[datetime]
 ) -> PermitKey | Wait:
     """Decide whether to ask for the permit: when it is due, the pollers have the key, and nobody has been asked yet."""
+    is_due = due_at <= now
     if gate.raised_at is None or gate.served_since is None:
-        return Wait(min(ends, default=None), Hold.REPLICAS)
+        return Wait(min(ends, default=None), Hold.REPLICAS if is_due else None)
     window_ends = gate.served_since + timing.poller_window
-    if max(due_at, window_ends) > now:
-        return Wait(min([*ends, max(due_at, window_ends)]), Hold.POLLERS if due_at <= now else None, window_ends)
+    if not is_due or window_ends > now:
+        return Wait(min([*ends, max(due_at, window_ends)]), Hold.POLLERS if is_due else None, window_ends)
     deadline = max(due_at, gate.raised_at) + timing.acknowledge_within
     if gate.awaiting:
         return Wait(min([*ends, deadline]) if now < deadline else min(ends, default=None), Hold.VERIFIERS, deadline)

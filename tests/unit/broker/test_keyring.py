@@ -129,6 +129,7 @@ def test_no_rotation_while_the_standby_is_unknown(unknown):
     late = T0 + 10 * TIMING.rotate_every
     gate = replace(OPEN, **unknown)
     assert planned(running(), late, ASKED, gate) == Wait(None, Hold.REPLICAS)
+    assert planned(running(), T0, gate=gate) == Wait(None, None)  # Nothing is due, so nothing is held up.
     assert planned(running(), late, Wish(rotate_now=True), gate) == ActivateKey(jwk(1).kid)
 
 
