@@ -16,7 +16,9 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from carnet import Identity
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, certificate_names, next_digest
+from carnet.testing import CertificateAuthority
 from carnet.v1 import token_pb2, token_pb2_grpc, trust_pb2, trust_pb2_grpc
 from carnet_broker.edges.grpc.watch import UNANSWERED
 from support.attacks import connected
@@ -301,6 +303,25 @@ def test_a_stream_ends_when_the_policy_no_longer_names_its_workload(place, tmp_p
         error = verifier.wait_for_end()
         assert error is not None
         assert (grpc.StatusCode.PERMISSION_DENIED, "NOT_GRANTED") == (error.code(), reason_of(error))
+
+
+def test_a_stream_ends_when_the_ca_of_its_certificate_leaves_the_bundle(place, tmp_path):
+    """Without a restart; one of the new CA begins, and one of the old CA does not any more."""
+    newer = CertificateAuthority.create()
+    with start_broker(place, tmp_path, settings=SETTINGS) as broker, watching(broker) as verifier:
+        verifier.wait_for(lambda response: response.HasField("key_set"))
+        broker.ca_file.write_bytes(newer.root_pem)
+        error = verifier.wait_for_end()
+        assert error is not None
+        assert grpc.StatusCode.UNAUTHENTICATED == error.code()
+        issued = newer.issue(PAYMENTS)
+        identity = Identity.parse(issued.certificate_pem, issued.private_key_pem)
+        with watching(broker, hello("newer"), identity=identity) as other:
+            other.wait_for(lambda response: response.HasField("key_set"))
+        assert refused(broker, hello("again")).code() in {
+            grpc.StatusCode.UNAUTHENTICATED,
+            grpc.StatusCode.UNAVAILABLE,  # The handshake already refuses it.
+        }
 
 
 def test_a_newer_stream_of_the_same_verifier_takes_the_place_of_the_older(broker):

@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final, Protocol
 
-from google.protobuf.message import DecodeError
-
 from carnet.admission import Admission
 from carnet.errors import CarnetError
 from carnet.revocations import Position
@@ -33,11 +31,11 @@ from carnet_broker.edges.grpc.status import BehindError, DrainingError, Replaced
 from carnet_broker.edges.grpc.trust_knowledge import TrustKnowledge, invalid
 from carnet_broker.edges.grpc.trust_messages import (
     change_message,
-    hello_of,
     key_set_message,
     position_message,
     position_of,
 )
+from carnet_broker.edges.grpc.watch_requests import hello_in, parsed
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
 from carnet_broker.ports import Acknowledged, Clock, Joined, Left, LogPosition, SessionChange, SessionOutcome
 from carnet_broker.revocation_view import RevocationView
@@ -177,7 +175,7 @@ class Watchers:
         if retry_after is not None:
             refusal = Refusal(RefusalReason.TOO_MANY_REQUESTS, "too many requests of this workload", retry_after)
             raise RefusedError(refusal)
-        hello = _hello_in(await call.first())
+        hello = hello_in(await call.first())
         self.known.check_serves(workload, hello.audience)
         await self.known.catch_up(hello.position)
         if self._draining:
@@ -211,7 +209,7 @@ class Watchers:
         """Take in what the verifier says, until it says no more."""
         try:
             while (request := await call.next()) is not None:
-                message = _parsed(request)
+                message = parsed(request)
                 kind = message.WhichOneof("kind")
                 if kind == "goodbye":
                     stream.said_goodbye = True
@@ -423,25 +421,6 @@ class Watchers:
     def _next_heartbeat(self) -> float:
         # With jitter: streams that began together do not stay together.
         return self._rules.heartbeat.total_seconds() * random.uniform(1 - _JITTER, 1)  # noqa: S311 - no secret
-
-
-def _hello_in(request: bytes) -> Hello:
-    message = _parsed(request)
-    if message.WhichOneof("kind") != "hello":
-        msg = "the first request is a hello"
-        raise invalid(msg)
-    try:
-        return hello_of(message.hello)
-    except HelloError as error:
-        raise invalid(str(error)) from error
-
-
-def _parsed(request: bytes) -> trust_pb2.WatchRequest:
-    try:
-        return trust_pb2.WatchRequest.FromString(request)
-    except DecodeError as error:
-        msg = "the request is not a message of this method"
-        raise invalid(msg) from error
 
 
 async def _wait_for(event: asyncio.Event, seconds: float) -> None:
