@@ -47,6 +47,7 @@ __all__ = [
     "is_silent",
     "pushes",
     "standing",
+    "told_from",
 ]
 
 KEPT_ENTRIES: Final = 4096
@@ -183,6 +184,16 @@ def pushes(peer: Position | None, generation: int, tail: RevocationTail, snapsho
     if not changes:
         return [Push(position, key_set=True)] if key_set else []
     return [Push(position, key_set and number == 0, change) for number, change in enumerate(changes)]
+
+
+def told_from(peer: Position | None, tail: RevocationTail) -> Position | None:
+    """Return `peer` where a delta leads on from it, else None: it is told what one is that has nothing.
+
+    So there is one snapshot, whatever places verifiers claim to be at.
+    """
+    if peer is None or peer.epoch != tail.position.epoch:
+        return None
+    return None if tail.since(peer.revocation_version, peer.revocation_digest) is None else peer
 
 
 def in_parts(entries: Iterable[Revocation]) -> list[tuple[Revocation, ...]]:

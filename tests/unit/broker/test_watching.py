@@ -26,6 +26,7 @@ from carnet_broker.core.watching import (
     is_silent,
     pushes,
     standing,
+    told_from,
 )
 from carnet_broker.ports import LogPosition
 
@@ -189,6 +190,23 @@ def test_who_is_of_another_epoch_or_digest_gets_a_snapshot(change):
     (push,) = pushes(replace(at(tail_at(2)), **change), 3, tail_at(3), snapshot_of(tail_at(3)))
     assert push.change.snapshot
     assert push.change.entries == tuple(entries(1, 3))
+
+
+@pytest.mark.parametrize("generation", [1, 3])
+@pytest.mark.parametrize("version", range(4))
+def test_whom_a_delta_leads_on_is_told_from_where_it_is(version, generation):
+    """Whether it has the newest keys or not."""
+    peer = at(tail_at(version), generation)
+    assert peer == told_from(peer, tail_at(3))
+
+
+@pytest.mark.parametrize(
+    "change", [{"epoch": 4}, {"epoch": 6}, {"revocation_digest": bytes(31) + b"x"}, {"revocation_version": 9}]
+)
+def test_whatever_leads_to_a_snapshot_is_told_what_one_with_nothing_is(change):
+    """So a verifier that claims to be now here and now there has no snapshot made for each of its claims."""
+    assert told_from(replace(at(tail_at(2)), **change), tail_at(3)) is None
+    assert told_from(None, tail_at(3)) is None
 
 
 def test_a_snapshot_that_is_newer_than_the_tail_leads_to_its_own_place():

@@ -25,7 +25,7 @@ from carnet.errors import CarnetError
 from carnet.revocations import Position
 from carnet.v1 import trust_pb2
 from carnet_broker.core.rollout import VerifierSession
-from carnet_broker.core.watching import Hello, HelloError, Push, Standing, is_silent, pushes, standing
+from carnet_broker.core.watching import Hello, HelloError, Push, Standing, is_silent, pushes, standing, told_from
 from carnet_broker.edges.grpc.calls import LongCall
 from carnet_broker.edges.grpc.status import BehindError, DrainingError, ReplacedError, SilentError
 from carnet_broker.edges.grpc.trust_knowledge import TrustKnowledge, invalid
@@ -373,10 +373,11 @@ class Watchers:
         if where is not Standing.FOLLOWS:
             msg = f"the verifier is {where}"
             raise BehindError(msg)
-        key = (stream.sent, keys.keyring.generation)
+        sent = told_from(stream.sent, log.tail)
+        key = (sent, keys.keyring.generation)
         cached = self._cache.get(key)
         if cached is None or cached[0] != log.position:
-            made = pushes(stream.sent, keys.keyring.generation, log.tail, self.known.revocations.snapshot)
+            made = pushes(sent, keys.keyring.generation, log.tail, self.known.revocations.snapshot)
             cached = log.position, [(push, self._encoded(push, keys)) for push in made]
             self._cache[key] = cached
             if len(self._cache) > _CACHED:
