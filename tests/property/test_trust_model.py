@@ -4,8 +4,10 @@ What holds after each step:
 
 1. No good token (no revocation names it, its key is not revoked, it is not over) is refused by a live verifier: one
    that was told that rotations wait for it, whose knowledge is not too old, and that no permit has left behind. Keys
-   that breakglass made the signer are the exception.
-2. No verifier accepts what is revoked once `max_staleness` has passed since the store has the revocation.
+   that breakglass made the signer are the exception, and subjects that were revoked before the store was restored. The
+   same holds for one that polls, as long as its knowledge is not older than the poller window allows for.
+2. No verifier accepts what is revoked once `max_staleness` has passed since the store has the revocation. A revocation
+   of a subject means all tokens that are out, also where the store was restored before.
 3. Never two ACTIVE keys, and never an ACTIVE key without a permit, but for the first one and those of breakglass.
 4. Within an epoch no broker and no verifier loads a lower generation or version.
 5. What a verifier has refused as revoked (other than by a block) it never accepts later.
@@ -24,9 +26,11 @@ from carnet_broker.ports import RequestKind
 from support.counts import count
 from support.keyrings import SECOND
 from support.trust_judge import Judge
-from support.trust_world import CERTIFICATES, SUBJECTS, TrustWorld, Verifier
+from support.trust_parts import CERTIFICATES, SUBJECTS
+from support.trust_verifier import Verifier
+from support.trust_world import TrustWorld
 
-NUMBER = st.integers(0, 3)
+NUMBER = st.integers(0, 5)
 
 
 class TrustMachine(RuleBasedStateMachine):
@@ -35,12 +39,13 @@ class TrustMachine(RuleBasedStateMachine):
     @initialize(
         brokers=st.integers(2, 3),
         verifiers=st.integers(2, 4),
+        pollers=st.integers(0, 2),
         skews=st.lists(st.integers(-2, 2), min_size=1, max_size=3),
         warm=st.booleans(),
     )
-    def begin(self, brokers: int, verifiers: int, skews: list[int], warm: bool) -> None:
+    def begin(self, brokers: int, verifiers: int, pollers: int, skews: list[int], warm: bool) -> None:
         """Begin with empty Vault and store, or with what has run for a while."""
-        self.world = TrustWorld(brokers=brokers, verifiers=verifiers, skews=tuple(skews))
+        self.world = TrustWorld(brokers=brokers, verifiers=verifiers, pollers=pollers, skews=tuple(skews))
         self.judge = Judge(self.world)
         self.backup = self.world.data.copy()
         if warm:
@@ -81,7 +86,7 @@ class TrustMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBER, broker=NUMBER)
     def connect(self, number: int, broker: int) -> None:
-        """A verifier begins a stream."""
+        """A verifier begins a stream; one that polls asks, due or not."""
         if not self.verifier(number).suspended:
             self.verifier(number).connect(self.broker(broker))
 
@@ -167,8 +172,9 @@ class TrustMachine(RuleBasedStateMachine):
 
     @rule(luck=st.integers(0, 3))
     def restore(self, luck: int) -> None:
-        """Now and then the copy takes the place of the store."""
+        """Now and then the copy takes the place of the store. That takes a while."""
         if luck == 0:
+            self.world.pass_time(3 * SECOND)
             self.world.data.restore(self.backup)
 
     @rule(number=NUMBER)

@@ -7,7 +7,7 @@ guard out of the real code: then a rule must break, or the rules would show noth
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -21,8 +21,12 @@ from carnet_broker.core.rollout import RECOUNT_FOR
 from carnet_broker.ports import RequestKind
 from support.keyrings import SECOND
 from support.store_fakes import FakeRollout
+from support.trust_broker import Broker
 from support.trust_judge import Judge
-from support.trust_world import LEASE, MAX_STALENESS, TIMING, TrustWorld, Verifier
+from support.trust_parts import LEASE, MAX_STALENESS, SUBJECTS, TIMING
+from support.trust_poller import FRESH, Poller
+from support.trust_verifier import Verifier
+from support.trust_world import TrustWorld
 
 WARM = 40
 """Seconds after which CI may ask for a rotation."""
@@ -188,6 +192,68 @@ def test_verifier_keeps_what_no_broker_remembers(story: Story):
     assert ["revoked", "revoked"] == [verifier.judge(token) for verifier in world.verifiers]
 
 
+def test_subject_that_is_revoked_before_a_restoration_is_found_out_loses_all_its_tokens(story: Story):
+    """The version that the revocation gets was given before, and is below the `rv` of the token that it is meant for.
+
+    Whoever revokes had seen no more than the backup holds, so that it cannot know; whoever has seen more puts it right.
+    """
+    world = story.world
+    world.brokers[1].store_up = False
+    backup = world.data.copy()
+    for number in range(3):
+        story.judge.revoked(world.brokers[0].revoke(RevocationKind.TOKEN, f"another-token-{number:012d}"))
+    token = world.issue(0)
+    assert token is not None
+    story.run(4)
+    world.data.restore(backup)
+    world.brokers[1].store_up = True
+    entries = world.brokers[1].revoke(RevocationKind.SUBJECT, SUBJECTS[0])
+    assert entries[0].before_version < token.claims.revocation_version
+    story.judge.revoked(entries)
+    story.run(8)
+    assert ["revoked", "revoked"] == [verifier.judge(token) for verifier in world.verifiers]
+    assert ["accepted", "accepted"] == story.verdicts(), "a token that is issued from now on is good"
+
+
+def test_who_revokes_a_subject_in_a_restored_store_finds_it_out(story: Story):
+    """The answer is of the new epoch, and names every token that is out."""
+    world = story.world
+    backup, epoch = world.data.copy(), world.data._tables.position.epoch
+    story.judge.revoked(world.brokers[0].revoke(RevocationKind.TOKEN, "another-token-000000"))
+    token = world.issue(0)
+    assert token is not None
+    world.data.restore(backup)
+    entries = world.brokers[0].revoke(RevocationKind.SUBJECT, SUBJECTS[0])
+    assert entries[0].before_version > token.claims.revocation_version
+    assert epoch < world.data._tables.position.epoch
+    story.judge.revoked(entries)
+    story.run(8)
+    assert ["revoked", "revoked"] == [verifier.judge(token) for verifier in world.verifiers]
+
+
+def test_who_polls_misses_no_key_and_no_revocation(story: Story):
+    """It asks in time for what it needs, from whichever broker it can reach."""
+    world = story.world
+    poller = Poller(world, 2, 0 * SECOND)
+    world.verifiers.append(poller)
+    world.cut.add((2, world.brokers[0].replica_id))
+    story.run(4)
+    before = story.signer
+    story.ask()
+    story.run(WINDOW + 10)
+    assert before != story.signer
+    assert poller.is_fresh
+    token = world.issue(0)
+    assert token is not None
+    assert "accepted" == poller.judge(token)
+    story.judge.revoked(world.brokers[0].revoke(RevocationKind.TOKEN, token.claims.token_id))
+    story.run(12)
+    assert "revoked" == poller.judge(token)
+    story.cut_off(poller)
+    story.run(50)
+    assert ["accepted", "accepted", "stale"] == story.verdicts()
+
+
 def test_buffered_heartbeats_do_not_make_a_suspended_verifier_fresh(story: Story):
     """What lay in a buffer while a laptop slept is as old as the last answer before."""
     story.one.suspended = True
@@ -245,6 +311,48 @@ def something_is_revoked() -> None:
         story.world.close()
 
 
+def subject_is_revoked_in_a_restored_store() -> None:
+    """By a broker that has seen no more than the backup holds."""
+    story = Story()
+    try:
+        world = story.world
+        world.brokers[1].store_up = False
+        backup = world.data.copy()
+        for number in range(3):
+            story.judge.revoked(world.brokers[0].revoke(RevocationKind.TOKEN, f"another-token-{number:012d}"))
+        story.run(4)
+        world.data.restore(backup)
+        world.brokers[1].store_up = True
+        story.judge.revoked(world.brokers[1].revoke(RevocationKind.SUBJECT, SUBJECTS[0]))
+        story.run(56)
+    finally:
+        world.close()
+
+
+class Seldom(Poller):
+    """One that asks for keys only as often as it must."""
+
+    def go_on(self, brokers: Sequence[Broker]) -> None:
+        """Ask when what is known is as old as it may be."""
+        age = self.state.keys.staleness(self.moment())
+        if age is None or age >= FRESH:
+            self._ask(brokers)
+
+
+def one_who_polls_sees_rotations() -> None:
+    """One after the other is asked for."""
+    story = Story()
+    try:
+        story.world.verifiers.append(Seldom(story.world, 2, 0 * SECOND))
+        for _ in range(8):
+            story.ask()
+            story.run(4)
+            story.ask()
+            story.run(4)
+    finally:
+        story.world.close()
+
+
 def laptop_sleeps() -> None:
     """A token is revoked while a laptop sleeps, on which heartbeats are waiting."""
     story = Story()
@@ -287,6 +395,17 @@ def fresh_on_receipt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WatchProtocol, "receive", receive)
 
 
+def without_raising(patch: pytest.MonkeyPatch) -> None:
+    """Brokers and a store that leave versions as they were given."""
+    for place in ("carnet_broker.store_loop", "support.store_fakes"):
+        patch.setattr(f"{place}.outrun_entries", lambda *_, **__: ())
+
+
+def without_the_poller_window(patch: pytest.MonkeyPatch) -> None:
+    """Timing that waits for nobody who polls."""
+    patch.setattr(type(TIMING), "poller_window", property(lambda _: 0 * SECOND))
+
+
 def permit_counts_nobody(patch: pytest.MonkeyPatch) -> None:
     """A store that gives every permit."""
     permit = FakeRollout.permit
@@ -302,6 +421,8 @@ def permit_counts_nobody(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("tell", "damage"),
     [
+        (subject_is_revoked_in_a_restored_store, without_raising),
+        (one_who_polls_sees_rotations, without_the_poller_window),
         (one_is_cut_off_before_a_publication, permit_counts_nobody),
         (something_is_revoked, without_new_revocations),
         (laptop_sleeps, fresh_on_receipt),

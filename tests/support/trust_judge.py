@@ -9,9 +9,14 @@ from carnet.revocations import Revocation, RevocationKind, RevocationSet
 from carnet_broker.core.keyring import KeyState
 from carnet_broker.ports import RequestKind
 from support.keyrings import SECOND
-from support.trust_world import MAX_STALENESS, Token, TrustWorld, Verifier
+from support.trust_parts import MAX_STALENESS, Token
+from support.trust_poller import Poller
+from support.trust_verifier import Verifier
+from support.trust_world import TrustWorld
 
 __all__ = ["Judge"]
+
+_BY_RV = frozenset({RevocationKind.SUBJECT, RevocationKind.LIFT})
 
 
 class Judge:
@@ -20,14 +25,19 @@ class Judge:
     def __init__(self, world: TrustWorld) -> None:
         self.world = world
         self.log: list[Revocation] = []
+        self.meant: dict[Revocation, set[str]] = {}
         self.since: dict[Revocation, timedelta | None] = {}
         self.documents = 0
         self.hurried: set[str] = set()
         self.places: dict[object, tuple[int, int, int]] = {}
 
     def revoked(self, entries: tuple[Revocation, ...]) -> None:
-        """Note what was made durable."""
+        """Note what was made durable. It is meant for all tokens that are out, whatever their `rv` says."""
         self.log.extend(entries)
+        for entry in entries:
+            if entry.kind in _BY_RV:
+                out = [one.claims.token_id for one in self.world.tokens if str(one.claims.subject) == entry.value]
+                self.meant.setdefault(entry, set()).update(out[-4:])
 
     def look(self) -> None:
         """Check everything."""
@@ -36,7 +46,7 @@ class Judge:
         self._store()
         world = self.world
         tokens = [one for one in world.tokens if one.claims.expires_at > self._now()]
-        values = {entry.value for entry in self.log}
+        values = {entry.value for entry in self.log}.union(*self.meant.values())
         world.tokens = [one for one in tokens[:-12] if one.claims.token_id in values] + tokens[-12:]
         for token, verifier in itertools.product(world.tokens, world.verifiers):
             if not verifier.suspended:
@@ -46,7 +56,12 @@ class Judge:
         return self.world.data.now() - 2 * SECOND
 
     def _token(self, token: Token, verifier: Verifier) -> None:
-        named = [entry for entry in self.log if RevocationSet([entry]).refusal(token.claims) is not None]
+        token_id = token.claims.token_id
+        named = [
+            entry
+            for entry in self.log
+            if token_id in self.meant.get(entry, ()) or RevocationSet([entry]).refusal(token.claims) is not None
+        ]
         before = verifier.refused.get(token.claims.token_id)
         verdict = verifier.judge(token)
         key = self.world.keyring().get(token.kid)
@@ -62,9 +77,17 @@ class Judge:
                 assert lifted or since is None or self.world.passed <= since + MAX_STALENESS, f"{entry} is not obeyed"
         elif not named and not revoked_key and self._is_live(verifier) and verdict != "over":
             ok = verdict == "unknown key" and token.kid in self.hurried
+            ok = ok or (verdict == "revoked" and self._is_raised(verifier.refused[token_id]))
             assert ok, f"verifier {verifier.number} says {verdict!r} of a good token"
 
+    def _is_raised(self, entry: Revocation) -> bool:
+        """Say whether a new epoch has it for more tokens than it was meant for: one too many, not one too few."""
+        origins = [one for one in self.log if one.kind in _BY_RV and one.value == entry.value]
+        return entry.kind is RevocationKind.SUBJECT and entry not in origins and bool(origins)
+
     def _is_live(self, verifier: Verifier) -> bool:
+        if isinstance(verifier, Poller):
+            return verifier.is_fresh
         if not verifier.admitted or verifier.state.keys.usable(verifier.moment()) is None:
             return False
         name = f"verifier-{verifier.number}-{verifier.starts}"
