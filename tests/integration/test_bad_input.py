@@ -108,6 +108,7 @@ def _site(template: Site, tmp_path: Path) -> Site:
     site = Site(directory, template.ca)
     site.config = yaml.safe_load((directory / "broker.yaml").read_text())
     site.config["vault"] |= {"role_id_file": "role-id", "secret_id_file": "secret-id", "start_within": "300ms"}
+    site.config["store"]["url"] = f"sqlite:///{directory}/store.db"
     site.save()
     return site
 
@@ -230,11 +231,11 @@ FILES: Mapping[str, tuple[Fault, str]] = {
     ),
     "unknown key in a section": (
         _config("vault.adress", "x"),
-        "{config}:15: vault.adress: unknown key; did you mean address? ",
+        "{config}:18: vault.adress: unknown key; did you mean address? ",
     ),
     "required key missing": (
         _config("tls.key_file", None),
-        "{config}:9: tls.key_file: this is required and missing; add it",
+        "{config}:12: tls.key_file: this is required and missing; add it",
     ),
     "wrong type": (
         _config("limits.tokens_per_second", "many"),
@@ -250,7 +251,7 @@ FILES: Mapping[str, tuple[Fault, str]] = {
     ),
     "Vault in the clear": (
         _config("vault.address", "http://192.0.2.1:8200"),
-        "{config}:14: vault.address: 'http://192.0.2.1:8200' is not an https",
+        "{config}:17: vault.address: 'http://192.0.2.1:8200' is not an https",
     ),
     "Vault at a path": (
         _config("vault.address", "https://vault.example/v1"),
@@ -262,7 +263,7 @@ FILES: Mapping[str, tuple[Fault, str]] = {
     ),
     "no address to listen on": (
         _config("listen.tokens", "8443"),
-        "{config}:6: listen.tokens: '8443' is no address; write host:port, for",
+        "{config}:7: listen.tokens: '8443' is no address; write host:port, for",
     ),
     "plain port for everybody": (
         _config("listen.plain", "8.8.8.8:80"),
