@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -105,6 +106,7 @@ def test_a_verifier_that_stops_answering_is_named_and_holds_up_one_rotation_unti
     with (
         stream_judges(fleet, 2),
         watching(first.broker, hello(SILENT), answers=False) as silent,
+        ThreadPoolExecutor(1) as waiting,
     ):
         silent.wait_for(lambda response: response.position.generation)
         silent.answer(1)
@@ -113,6 +115,7 @@ def test_a_verifier_that_stops_answering_is_named_and_holds_up_one_rotation_unti
         time.sleep(0.2)
 
         held = _Rotation(fleet)
+        done = waiting.submit(held.wait_until_done)
         result, _ = held.wait_for(lambda result: result.reason == "WAITING_FOR_VERIFIERS")
         assert [f"{PAYMENTS} {SILENT}"] == result.detail["waiting_for"]
         told = status_of(fleet, second)  # Not the one that it watches.
@@ -121,21 +124,29 @@ def test_a_verifier_that_stops_answering_is_named_and_holds_up_one_rotation_unti
         text, as_json = status_command(fleet, second)
         assert any("LAGS" in line and f"{PAYMENTS} {SILENT}" in line for line in text.splitlines()), text
         assert [SILENT] == [one["instance_id"] for one in as_json["brokers"]["verifiers"] if one["lagging"]]
-        took = held.wait_until_done()
-        assert ACKNOWLEDGE_WITHIN.total_seconds() <= took + 1 < ACKNOWLEDGE_WITHIN.total_seconds() + 5
+        # A request and the store have clocks that need not agree to the last moment.
+        assert ACKNOWLEDGE_WITHIN.total_seconds() - 0.5 < done.result() < ACKNOWLEDGE_WITHIN.total_seconds() + 4
         permits = [
             entry for replica in fleet for entry in replica.broker.log() if entry.get("event") == "key_permitted"
         ]
-        overdue = {(entry["kid"], *entry["left_behind"]) for entry in permits if entry["overdue"]}
-        assert {(told.rollout.key_id, f"{PAYMENTS} {SILENT}")} == overdue
+        left_behind = {(entry["kid"], *entry["left_behind"]) for entry in permits if entry["left_behind"]}
+        assert {(told.rollout.key_id, f"{PAYMENTS} {SILENT}")} == left_behind
         time.sleep(0.2)
 
         assert _Rotation(fleet).wait_until_done() < ACKNOWLEDGE_WITHIN.total_seconds() / 2
+        # The others have the newest key in a moment; this one is not counted among those that miss it.
+        second.broker.wait_for(lambda: status_of(fleet, second).rollout.missing == 0, "the others to answer")
         told = status_of(fleet, second)
-        assert (3, 0) == (told.live_verifiers, told.rollout.missing)
+        assert 3 == told.live_verifiers
         assert [SILENT] == [one.instance_id for one in told.verifiers if one.lagging]
 
-        silent.answer(len(silent.responses))
-        first.broker.wait_for(
-            lambda: not any(one.lagging for one in status_of(fleet, second).verifiers), "the verifier to count again"
-        )
+        answered = 1
+
+        def counts_again():
+            nonlocal answered
+            for number in range(answered + 1, len(silent.responses) + 1):
+                silent.answer(number)
+                answered = number
+            return not any(one.lagging for one in status_of(fleet, second).verifiers)
+
+        first.broker.wait_for(counts_again, "the verifier to count again")
