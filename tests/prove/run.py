@@ -59,6 +59,11 @@ PROOFS = {
         "the keyring and its driver against models of replicas, pollers, crashes and outages",
         ("tests/property/test_keyring_machine.py", "tests/property/test_rotation_machine.py"),
     ),
+    "trust_model": Proof(
+        "rotation, replicas, verifiers that watch or poll, revocation, a restored store and partitions at once: no live"
+        " verifier refuses a good token, none accepts a revoked one for long",
+        ("tests/property/test_trust_model.py", "tests/property/test_trust_traces.py"),
+    ),
     "verifier_properties": Proof(
         "what our verifier accepts, others accept too; no change of a token is accepted",
         ("tests/property/test_verify_properties.py", "tests/property/test_verify_differential.py"),
