@@ -62,7 +62,11 @@ PROOFS = {
     "trust_model": Proof(
         "rotation, replicas, verifiers that watch or poll, revocation, a restored store and partitions at once: no live"
         " verifier refuses a good token, none accepts a revoked one for long",
-        ("tests/property/test_trust_model.py", "tests/property/test_trust_traces.py"),
+        (
+            "tests/property/test_trust_model.py",
+            "tests/property/test_trust_traces.py",
+            "tests/property/test_trust_guards.py",
+        ),
     ),
     "verifier_properties": Proof(
         "what our verifier accepts, others accept too; no change of a token is accepted",
