@@ -20,8 +20,9 @@ TABLE: Final[dict[str, tuple[int, int]]] = {
     # rotation
     "rotations_under_load": (20, 200),
     "acknowledged_rotations": (20, 1_000),
-    "rotations_without_waiting": (2, 50),
+    "rotations_without_waiting": (1, 50),
     "keys_revoked_under_load": (3, 30),
+    "keys_revoked_through_vault": (1, 30),
     "simultaneous_rotations": (10, 50),
     "kills_during_rotations": (5, 50),
     "keyring_machine": (150, 5_000),
