@@ -251,7 +251,9 @@ class RotationDriver:
             if isinstance(error, KeyringRegressionError):
                 self._events.regressed(error)
             if mirrored is not None:
-                self._live_on(mirrored, now, mono)
+                vault_is_silent = isinstance(error, KeyStoreUnavailableError)
+                if vault_is_silent or not self._brings_keys(mirrored):
+                    self._live_on(mirrored, now, mono)
             raise
         if keyring.generation > 0:
             self._adopt(keyring, now, mono)
@@ -272,6 +274,15 @@ class RotationDriver:
             if before is not None:
                 check_succession(before, keyring)
         return keyring
+
+    def _brings_keys(self, mirrored: Keyring) -> bool:
+        """Say whether verifiers would hear of a key from the mirror that the view in force does not know.
+
+        While Vault answers, the store alone brings none: whoever can write to it would be an issuer. What it takes away
+        is believed.
+        """
+        view = self._holder.view
+        return view is not None and any(view.keyring.get(key.kid) is None for key in mirrored.published)
 
     def _live_on(self, mirrored: Keyring, now: datetime, mono: float) -> None:
         """Make do with the mirror: adopt a later keyring, public part only, and take the store's word for the signer.

@@ -26,6 +26,7 @@ from carnet_broker.core.rollout import (
     laggards,
     live_sessions,
     recount_ends,
+    recounts_for_a_claim,
 )
 from carnet_broker.edges.store.cleaning import KEPT, SETTLED, SlowClock
 from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
@@ -239,7 +240,8 @@ class FakeRevocations:
             outrun = raised(outrun_entries(tables.entries, carry, seen=start.version, now=now))
             carried += [numbered(new, version) for version, new in enumerate(outrun, start.version + len(carried) + 1)]
             tables.entries.extend(carried)
-            tables.restored_at = self._store.data.now()
+            if recounts_for_a_claim(tables.restored_at, self._store.data.now()):
+                tables.restored_at = self._store.data.now()
             tables.position = _after(start, carried)
             position = tables.position
         self._store.changed()

@@ -14,8 +14,10 @@ Rules
 5. One that lags holds up no later rotation until it acknowledges the newest generation; from then on it counts again.
 6. A replica is live until its lease ends. The window for pollers begins when the last live replica has loaded g.
 7. A store that was restored has forgotten sessions. Whoever was counted there, and is not counted again, is stale by
-   its own rule once its `max_staleness` has passed; so there is no new permit before that. And there is none for a
-   broker that knows of a lease which the store has not: it was restored, and nobody has found out yet.
+   its own rule once its `max_staleness` has passed; so there is no new permit before that, for `RECOUNT_AT_MOST`. And
+   there is none for a broker that knows of a lease which the store has not: it was restored, and nobody has found out
+   yet. A verifier alone can cause one recount in `RECOUNT_AGAIN_AFTER`: it may lie about what it has loaded, and must
+   not keep the keys from rotating.
 """
 
 from __future__ import annotations
@@ -35,11 +37,18 @@ __all__ = [
     "laggards",
     "live_sessions",
     "recount_ends",
+    "recounts_for_a_claim",
     "served_since",
 ]
 
 RECOUNT_FOR: Final = timedelta(minutes=5)
 """The `max_staleness` that verifiers have by default: a session that was forgotten tells nothing of its own."""
+
+RECOUNT_AT_MOST: Final = timedelta(minutes=15)
+"""A verifier says itself how patient it is. One that says more is not waited for when its session was forgotten."""
+
+RECOUNT_AGAIN_AFTER: Final = timedelta(hours=1)
+"""What a broker finds out by itself, from its own lease, is not bound by this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +161,11 @@ def recount_ends(
     restored_at: datetime, sessions: Iterable[VerifierSession], replicas: Iterable[ReplicaLease]
 ) -> datetime:
     """Return from when the sessions can be relied on again after the store was found restored (rule 7)."""
-    longest = max((session.max_staleness for session in sessions), default=RECOUNT_FOR)
+    longest = max((session.max_staleness for session in sessions if not session.polls), default=RECOUNT_FOR)
     lease = max((replica.lease for replica in replicas), default=timedelta(0))
-    return restored_at + max(longest, RECOUNT_FOR) + lease
+    return restored_at + min(max(longest, RECOUNT_FOR), RECOUNT_AT_MOST) + lease
+
+
+def recounts_for_a_claim(restored_at: datetime | None, now: datetime) -> bool:
+    """Say whether an epoch that begins now, perhaps on the word of a verifier alone, begins a recount too (rule 7)."""
+    return restored_at is None or now >= restored_at + RECOUNT_AGAIN_AFTER

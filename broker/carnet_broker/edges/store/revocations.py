@@ -96,7 +96,7 @@ class StoredRevocations:
                 for entry in lacking(carry, held, now)
             ] + raised(outrun_entries(held, carry, seen=start.version, now=now))
             entries = [(numbered(new, start.version + place), new) for place, new in enumerate(carried, 1)]
-            note_restoration(transaction)
+            note_restoration(transaction, claimed=True)
             return _enter(transaction, start, entries, transaction.now())
 
 

@@ -16,6 +16,7 @@ from carnet_broker.core.rollout import (
     laggards,
     live_sessions,
     recount_ends,
+    recounts_for_a_claim,
 )
 from carnet_broker.edges.store.database import UNAVAILABLE, Database, Transaction, nonsense
 from carnet_broker.edges.store.rows import replica_of, session_of
@@ -105,11 +106,15 @@ def required_generation(transaction: Transaction) -> int:
     return int(generation)
 
 
-def note_restoration(transaction: Transaction) -> None:
-    """Note that the store was found restored now: the verifiers are to be counted again."""
-    transaction.connection.execute(
-        update(rollout).where(rollout.c.id == ONLY_ROW).values(restored_at=transaction.now())
-    )
+def note_restoration(transaction: Transaction, *, claimed: bool = False) -> None:
+    """Note that the store was found restored now: the verifiers are to be counted again.
+
+    `claimed`: perhaps a verifier alone says so (see `recounts_for_a_claim`).
+    """
+    connection, now = transaction.connection, transaction.now()
+    if claimed and not recounts_for_a_claim(connection.execute(select(rollout.c.restored_at)).scalar(), now):
+        return
+    connection.execute(update(rollout).where(rollout.c.id == ONLY_ROW).values(restored_at=now))
     transaction.changed = True
 
 
