@@ -79,6 +79,7 @@ class SharedState:
         self.rules = RevocationRules(
             longest_life=config.tokens.longest_life,
             max_leaf_life=config.tls.max_leaf_life,
+            max_staleness=config.trust.max_staleness,
             leeway=config.keys.leeway,
             skew=config.keys.skew,
         )

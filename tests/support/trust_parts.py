@@ -29,7 +29,13 @@ MAX_STALENESS: Final = 40 * SECOND
 HEARTBEAT: Final = 5 * SECOND
 LIFE: Final = 60 * SECOND
 """Of a token."""
-RULES: Final = RevocationRules(longest_life=LIFE, max_leaf_life=300 * SECOND, leeway=TIMING.leeway, skew=TIMING.skew)
+RULES: Final = RevocationRules(
+    longest_life=LIFE,
+    max_leaf_life=300 * SECOND,
+    max_staleness=MAX_STALENESS,
+    leeway=TIMING.leeway,
+    skew=TIMING.skew,
+)
 SUBJECTS: Final = ("spiffe://prod.example/sa/orders", "spiffe://prod.example/sa/cron")
 CERTIFICATES: Final = ("A" * 43, "B" * 42 + "A")
 SERVICE: Final = SpiffeID.parse("spiffe://prod.example/sa/payments")

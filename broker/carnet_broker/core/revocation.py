@@ -4,7 +4,8 @@ Rules
 -----
 1. An entry lasts as long as there can be something that it refuses, and then `leeway` and `skew` longer: clocks differ.
 2. TOKEN and ROOT: to the end of the token, where that is known, else for the longest life that a token can have.
-3. SUBJECT and LIFT: for the longest life that a token can have: those that it names were issued before now.
+3. SUBJECT and LIFT: for `max_staleness` and then the longest life that a token can have. A broker that has not heard
+   of the entry goes on issuing tokens with a lower `rv` for so long, and no longer.
 4. CERTIFICATE: to its end, where that is known, else for the longest life that a certificate can have.
 5. BLOCK: until lifted.
 
@@ -40,6 +41,8 @@ class RevocationRules:
     """Of a token."""
     max_leaf_life: timedelta
     """Of a certificate."""
+    max_staleness: timedelta
+    """How old the revocations of a broker may be while it issues."""
     leeway: timedelta
     skew: timedelta
 
@@ -47,6 +50,12 @@ class RevocationRules:
     def margin(self) -> timedelta:
         """How much longer than what it refuses an entry lasts."""
         return self.leeway + self.skew
+
+    def longest(self, kind: RevocationKind) -> timedelta:
+        """Return how long from now there can be something that an entry of `kind` refuses, where nothing is known."""
+        if kind is RevocationKind.CERTIFICATE:
+            return self.max_leaf_life
+        return self.longest_life + (self.max_staleness if kind in _BY_VERSION else timedelta(0))
 
 
 def new_revocation(
@@ -78,8 +87,7 @@ def new_revocation(
         raise InvalidRevocationError(msg)
     expires_at = None
     if kind is not RevocationKind.BLOCK:
-        life = rules.max_leaf_life if kind is RevocationKind.CERTIFICATE else rules.longest_life
-        expires_at = _whole_second((ends_at or now + life) + rules.margin)
+        expires_at = _whole_second((ends_at or now + rules.longest(kind)) + rules.margin)
     before_version = 1 if kind in _BY_VERSION else 0
     check_entry(Revocation(1, kind, value, before_version, expires_at))
     return NewRevocation(kind=kind, value=value, expires_at=expires_at, by=by, reason=reason)

@@ -19,6 +19,7 @@ T0 = datetime(2026, 11, 24, 12, tzinfo=UTC)
 RULES = RevocationRules(
     longest_life=timedelta(hours=1),
     max_leaf_life=timedelta(days=90),
+    max_staleness=timedelta(minutes=5),
     leeway=timedelta(seconds=30),
     skew=timedelta(seconds=5),
 )
@@ -54,8 +55,8 @@ CLAIMS = Claims(
     [
         (RevocationKind.TOKEN, timedelta(hours=1)),
         (RevocationKind.ROOT, timedelta(hours=1)),
-        (RevocationKind.SUBJECT, timedelta(hours=1)),
-        (RevocationKind.LIFT, timedelta(hours=1)),
+        (RevocationKind.SUBJECT, timedelta(hours=1, minutes=5)),
+        (RevocationKind.LIFT, timedelta(hours=1, minutes=5)),
         (RevocationKind.CERTIFICATE, timedelta(days=90)),
     ],
 )
