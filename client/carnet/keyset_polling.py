@@ -21,6 +21,7 @@ from datetime import timedelta
 from typing import Final
 
 from carnet.errors import InvalidKeySetError, InvalidTokenError, InvalidTokenReason, KeySetUnavailableError
+from carnet.forking import Gate
 from carnet.keyset_source import (
     AsyncKeySetSource,
     AsyncRevocationSource,
@@ -183,6 +184,7 @@ class KeySetPoller(_Fetches):
         self._source = source
         self._revocations = revocations
         self._on_change = changed
+        self._gate = Gate()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="carnet-key-set", daemon=True)
         self._thread.start()
@@ -241,7 +243,8 @@ class KeySetPoller(_Fetches):
 
     def _run(self) -> None:
         while (job := self._wait_for_job()) is not None:
-            fetched = self._fetch(job)
+            with self._gate.passed():
+                fetched = self._fetch(job)
             with self.changing():
                 self._end(fetched)
 

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from carnet.endpoints import Target
+from carnet.forking import prepare_for_forks
 from carnet.identity import Identity
 from carnet.keysets import Moment
 from carnet.tls import ChannelOption, secure_aio_channel, secure_channel
@@ -82,6 +83,7 @@ class TrustChannels:
                     server_name=servers.server_name,
                     options=_OPTIONS,
                 )
+                prepare_for_forks()
             return channel
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ import grpc
 import grpc.aio
 
 from carnet.endpoints import Failover, Target
+from carnet.forking import Gate
 from carnet.keyset_polling import AsyncKeySetPoller, KeySetPoller
 from carnet.keysets import Supply
 from carnet.trust_messages import RefusedResponseError
@@ -249,6 +250,7 @@ class Watcher(_Watching):
         self._channels = channels
         self._lock = threading.Lock()
         self._requests: _Requests | None = None
+        self._gate = Gate(self.renew)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="carnet-watch", daemon=True)
         self._thread.start()
@@ -281,7 +283,9 @@ class Watcher(_Watching):
     def _run(self) -> None:
         try:
             while not self._stopped.is_set():
-                self._stopped.wait(self._watch())
+                with self._gate.passed():
+                    wait = self._watch()
+                self._stopped.wait(wait)
         finally:
             self._stop_poller()
 
@@ -297,7 +301,7 @@ class Watcher(_Watching):
                 self._requests = requests
                 if self._stopped.is_set():
                     self._take_leave()
-            if self._says_otherwise(protocol):  # Chosen since, and `renew` found no stream.
+            if self._gate.closing or self._says_otherwise(protocol):  # Since then, and `renew` found no stream.
                 call.cancel()
             for message in call:
                 if self._stopped.is_set():
@@ -318,7 +322,7 @@ class Watcher(_Watching):
             requests.finish()
             if requests.call is not None:
                 requests.call.cancel()
-        if self._stopped.is_set() or self._says_otherwise(protocol):
+        if self._stopped.is_set() or self._gate.closing or self._says_otherwise(protocol):
             return 0.0
         return self._ended(target, error, _SILENT if requests.timed_out else "")
 

@@ -552,7 +552,7 @@ async def _ready(verifier: AsyncVerifier) -> bool:
 
 
 _FORK = """
-import os, sys, threading
+import os, sys, threading, time
 from pathlib import Path
 from carnet.trust import Verifier
 
@@ -568,6 +568,8 @@ if child == 0:
     sys.exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 verifier.verify(token, peer_certificate=leaf)
+while sys.argv[4] == "stream" and not verifier.status().live:
+    time.sleep(0.01)
 verifier.close()
 """
 
@@ -575,7 +577,10 @@ verifier.close()
 @pytest.mark.parametrize("mode", ["poll", "stream"])
 @pytest.mark.parametrize("first_use", ["before", "after"])
 def test_a_child_process_has_a_thread_of_its_own(first_use: str, mode: str, tmp_path: Path, scene: Scene):
-    """gunicorn: a verifier that was made, or even used, before the fork verifies in parent and child; both end."""
+    """gunicorn: a verifier that was made, or even used, before the fork verifies in parent and child; both end.
+
+    The stream of the parent is open again afterwards.
+    """
     (tmp_path / "leaf.pem").write_bytes(scene.orders.certificate_chain_pem)
     (tmp_path / "own.pem").write_bytes(scene.payments.certificate_chain_pem)
     (tmp_path / "own-key.pem").write_bytes(scene.payments.private_key_pem)
