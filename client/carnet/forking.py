@@ -7,15 +7,17 @@ fork, until its next message. So each such thread stands behind a `Gate`, which 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Callable
+from typing import Final, ParamSpec, TypeVar
 
 __all__ = ["Gate", "prepare_for_forks"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 _PATIENCE: Final = 1.0
 """Seconds for which a fork waits for all threads to be outside."""
@@ -38,12 +40,11 @@ class Gate:
         """Whether a fork waits for the thread to leave."""
         return not self._open.is_set()
 
-    @contextlib.contextmanager
-    def passed(self) -> Iterator[None]:
-        """Wait while the process forks, then be inside."""
+    def run(self, step: Callable[_Arguments, _Result], *args: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        """Wait while the process forks, then call `step` and return what it returns."""
         self._open.wait()
         with self._inside:
-            yield
+            return step(*args, **named)
 
     def close(self) -> None:
         """Let nobody in, and ask who is inside to leave."""

@@ -243,8 +243,7 @@ class KeySetPoller(_Fetches):
 
     def _run(self) -> None:
         while (job := self._wait_for_job()) is not None:
-            with self._gate.passed():
-                fetched = self._fetch(job)
+            fetched = self._gate.run(self._fetch, job)
             with self.changing():
                 self._end(fetched)
 

@@ -283,9 +283,7 @@ class Watcher(_Watching):
     def _run(self) -> None:
         try:
             while not self._stopped.is_set():
-                with self._gate.passed():
-                    wait = self._watch()
-                self._stopped.wait(wait)
+                self._stopped.wait(self._gate.run(self._watch))
         finally:
             self._stop_poller()
 
