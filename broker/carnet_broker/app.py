@@ -62,7 +62,7 @@ from carnet_broker.watched import Watched
 __all__ = ["Broker", "SystemClock"]
 
 _PLAIN_CONNECTIONS: Final = 512
-_ADMIN_CONNECTIONS: Final = 256
+_ADMIN_CONNECTIONS: Final = 16
 _ADMIN_IDLE: Final = timedelta(minutes=1)
 _OTHER_DESCRIPTORS: Final = 128 + _PLAIN_CONNECTIONS + 2 * _ADMIN_CONNECTIONS
 """Files, Vault, what gRPC needs for itself, and the smaller listeners."""

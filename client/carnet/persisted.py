@@ -66,6 +66,8 @@ _SECOND: Final = timedelta(seconds=1)
 _PRIVATE: Final = 0o077
 _ENTRY_PARTS: Final = 5
 _SHORTEST_PAUSE: Final = 0.1
+_LAST_WAITS: Final = 5.0
+"""Seconds; what was revoked a moment before the end must be known at the next start."""
 
 
 class StateFileError(Exception):
@@ -281,9 +283,12 @@ class StateKeeper:
             return last or time.monotonic() >= self._next
         return time.monotonic() >= self._next_alike
 
-    def write(self, trust: SavedTrust, *, wall: datetime) -> None:
-        """Write the file. One that cannot be written is said once, and tried again."""
-        if not self._lock.acquire(blocking=False):
+    def write(self, trust: SavedTrust, *, wall: datetime, last: bool = False) -> None:
+        """Write the file. One that cannot be written is said once, and tried again.
+
+        While another write is under way nothing is written, unless this is the `last`: then it waits for the other.
+        """
+        if not self._lock.acquire(timeout=_LAST_WAITS if last else 0):
             return
         try:
             begin = time.monotonic()

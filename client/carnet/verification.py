@@ -97,7 +97,7 @@ class Changes:
         if keeper is None or not keeper.is_due(self._state.position, last=last):
             return None
         saved = self._state.saved(clocks)
-        return None if saved is None else lambda: keeper.write(saved, wall=clocks.wall)
+        return None if saved is None else lambda: keeper.write(saved, wall=clocks.wall, last=last)
 
 
 class AsyncChanges(Changes):

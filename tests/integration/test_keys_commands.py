@@ -30,10 +30,11 @@ UNHURRIED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", name="quick")
 def _quick(openbao, tmp_path_factory) -> Iterator[RunningBroker]:
-    """A broker that rotates within two seconds, as often as CI likes."""
+    """A broker that rotates within four seconds, as often as CI likes: more than a command takes to start."""
     directory = tmp_path_factory.mktemp("quick")
     place = prepare(openbao, directory / "login")
-    with start_broker(place, directory / "broker", policy=POLICY.replace("10m", "2s"), settings=QUICK) as broker:
+    settings = {**QUICK, "keys": {**QUICK["keys"], "poller_interval": "2s"}}
+    with start_broker(place, directory / "broker", policy=POLICY.replace("10m", "2s"), settings=settings) as broker:
         yield broker
     place.close()
 

@@ -75,7 +75,7 @@ def test_a_broker_raises_its_limit_of_descriptors_and_keeps_some_for_itself(brok
     soft, hard = resource.prlimit(broker.process.pid, resource.RLIMIT_NOFILE)
     assert soft == hard
     limited = [entry for entry in broker.log() if entry["event"] == "connections_limited"]
-    assert bool(limited) == ((soft - 640) // 2 - 129 < 10_000)
+    assert bool(limited) == ((soft - 672) // 2 - 129 < 10_000)
 
 
 def test_with_few_descriptors_strangers_do_not_take_the_last(openbao, tmp_path):
@@ -83,7 +83,7 @@ def test_with_few_descriptors_strangers_do_not_take_the_last(openbao, tmp_path):
     place = prepare(openbao, tmp_path / "login")
     with start_broker(place, tmp_path / "broker", command=("-c", FEW_DESCRIPTORS)) as broker:
         (limited,) = (entry for entry in broker.log() if entry["event"] == "connections_limited")
-        assert (159, 1000) == (limited["possible"], limited["descriptors"])
+        assert (145, 1000) == (limited["possible"], limited["descriptors"])
         with contextlib.ExitStack() as stack:
             for one in silent_connections(broker.addresses["tokens"], 400):
                 stack.enter_context(one)

@@ -532,6 +532,8 @@ def test_a_verifier_that_is_dropped_takes_leave_and_ends_its_threads(scene: Scen
     """Nobody closed it, and nothing of it is left."""
     verifier = Verifier(**scene.settings)
     verifier.wait_ready()
+    while verifier.status().target is None:
+        time.sleep(0.02)
     threads = [verifier._poller._thread, verifier._watcher._thread]
     del verifier
     gc.collect()
