@@ -17,6 +17,7 @@ from carnet_broker.core.ledger import (
     KeyRevocationRecord,
     OpenedRecord,
     RefusalRecord,
+    RevocationRecord,
 )
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, 123456, tzinfo=UTC)
@@ -295,3 +296,23 @@ def test_the_line_of_a_revoked_key_says_who_and_what_signs_now() -> None:
         "peer": "ipv4:127.0.0.1:1",
     }
     assert expected == json.loads(record.to_line())
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_revocation_is_one_line_of_what_is_known_of_it(is_full):
+    """What is not known has no member."""
+    more = {"before_version": 7, "expires_at": datetime(2026, 11, 24, 13, tzinfo=UTC), "reason": "stolen"}
+    known = more if is_full else {"before_version": 0, "expires_at": None}
+    record = RevocationRecord(
+        at=datetime(2026, 11, 24, 12, tzinfo=UTC),
+        epoch=3,
+        version=7,
+        what="subject",
+        value="spiffe://prod.example/a",
+        by="spiffe://prod.example/admin",
+        certificate="A" * 43,
+        **known,
+    )
+    members = json.loads(record.to_line())
+    assert (3, 7, "subject") == (members["epoch"], members["version"], members["what"])
+    assert is_full == ("reason" in members) == ("before_version" in members) == ("expires_at" in members)

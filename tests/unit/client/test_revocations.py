@@ -310,3 +310,9 @@ class TestForm:
     def test_a_set_shows_its_size_alone(self):
         """Not what it holds: who was cut off is for the ledger."""
         assert repr(RevocationSet([entry("token", JTI)])) == "RevocationSet(1 entries)"
+
+
+def test_a_set_says_whether_it_names_certificates():
+    """Only then the names of the caller's certificate are worth their time."""
+    assert not RevocationSet([entry("token", JTI)]).names_certificates
+    assert RevocationSet([entry("certificate", f"sha256:{THUMBPRINT}")]).names_certificates
