@@ -6,9 +6,10 @@ nonsense, or lags behind what the verifier has, is passed over for the next. All
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, Generic, Protocol, TypeVar
@@ -31,6 +32,7 @@ from carnet.trust_servers import (
     read_clocks,
     remedy,
 )
+from carnet.trust_state import MAX_GENERATION_JUMP
 from carnet.trust_wire import polled_response, position_message
 from carnet.v1.trust_pb2 import GetKeySetRequest, GetKeySetResponse, GetRevocationsRequest, GetRevocationsResponse
 from carnet.v1.trust_pb2_grpc import TrustServiceStub
@@ -41,10 +43,13 @@ __all__ = [
     "AsyncTrustServiceSource",
     "KeySetSource",
     "Polled",
+    "PolledParts",
     "RevocationSource",
     "TrustServers",
     "TrustServiceSource",
 ]
+
+_log: Final = logging.getLogger("carnet.trust")
 
 _SHORTEST_SHARE: Final = 0.5
 """Seconds that one server gets at least, if so much is left: a connection over mutual TLS takes part of it."""
@@ -82,6 +87,29 @@ class Polled:
 
     response: Response
     asked_at: Moment
+
+
+class PolledParts:
+    """The answer of one server to a poll, taken in while it comes: one that is too long is not waited for."""
+
+    def __init__(self) -> None:
+        self._parts = PartCollector()
+        self._whole: Response | None = None
+
+    def add(self, answer: GetRevocationsResponse, now: Moment) -> None:
+        """Take the next message in. Raises `RefusedResponseError`: then the rest is not worth having."""
+        if self._whole is not None:
+            msg = "its answer goes on after its end"
+            raise RefusedResponseError(msg)
+        whole = self._parts.add(polled_response(answer), now, now)
+        self._whole = None if whole is None else whole[0]
+
+    def whole(self) -> Response:
+        """Return the answer. Raises `RefusedResponseError` where its end did not come."""
+        if self._whole is None:
+            msg = "its answer has no end"
+            raise RefusedResponseError(msg)
+        return self._whole
 
 
 class RevocationSource(Protocol):
@@ -126,11 +154,18 @@ class TrustServiceSource:
         request = GetRevocationsRequest(**_from(since))
         asking = _Round("revocations", self._servers, self._failover, _revocations_reader(since))
         for attempt in asking.attempts():
+            parts, call = PolledParts(), None
             try:
                 stub = TrustServiceStub(self._channels.get(attempt.target))
-                attempt.answer = list(stub.GetRevocations(request, timeout=attempt.timeout))
-            except (grpc.RpcError, ValueError) as error:
+                call = stub.GetRevocations(request, timeout=attempt.timeout)
+                for answer in call:
+                    parts.add(answer, read_clocks())
+                attempt.answer = parts.whole()
+            except (grpc.RpcError, RefusedResponseError, ValueError) as error:
                 attempt.error = error
+            finally:
+                if call is not None:
+                    call.cancel()  # Does nothing to one that has ended.
         return None if asking.unimplemented else asking.result()
 
     def close(self) -> None:
@@ -163,12 +198,18 @@ class AsyncTrustServiceSource:
         request = GetRevocationsRequest(**_from(since))
         asking = _Round("revocations", self._servers, self._failover, _revocations_reader(since))
         for attempt in asking.attempts():
+            parts, call = PolledParts(), None
             try:
                 stub = TrustServiceStub(self._channels.get(attempt.target))
-                answers = stub.GetRevocations(request, timeout=attempt.timeout)
-                attempt.answer = [answer async for answer in answers]
-            except (grpc.RpcError, grpc.aio.UsageError) as error:
+                call = stub.GetRevocations(request, timeout=attempt.timeout)
+                async for answer in call:
+                    parts.add(answer, read_clocks())
+                attempt.answer = parts.whole()
+            except (grpc.RpcError, RefusedResponseError, grpc.aio.UsageError) as error:
                 attempt.error = error
+            finally:
+                if call is not None:
+                    call.cancel()
         return None if asking.unimplemented else asking.result()
 
     async def close(self) -> None:
@@ -221,6 +262,8 @@ class _Round(Generic[_Answer, _Result]):
                 self._failover.failed(target, time.monotonic())
                 self._failures.append(f"{target}: {error}")
                 self._cause = attempt.error or error
+                if isinstance(error, RefusedResponseError):  # Of a server that is down all others know.
+                    _log.warning("%s was asked for %s, and what it said is not taken: %s", target, self._what, error)
             else:
                 self.unimplemented = False
                 self._failover.succeeded(target)
@@ -236,6 +279,8 @@ class _Round(Generic[_Answer, _Result]):
 
 
 def _answer_of(attempt: _Attempt[_Answer]) -> _Answer:
+    if isinstance(attempt.error, RefusedResponseError):
+        raise attempt.error
     if attempt.answer is None:
         msg = describe(attempt.error)
         raise KeySetUnavailableError(msg)
@@ -256,6 +301,12 @@ def _key_set_reader(at_least: int) -> Callable[[GetKeySetResponse, Moment], KeyS
         if answer.generation < at_least:
             msg = f"it has generation {answer.generation}, and {at_least} is loaded"
             raise KeySetUnavailableError(msg)
+        if at_least and answer.generation - at_least > MAX_GENERATION_JUMP:
+            msg = (
+                f"it names generation {answer.generation}, {at_least} is loaded, and it cannot have had more than"
+                f" {MAX_GENERATION_JUMP} since; if this process was suspended for months, start it anew"
+            )
+            raise RefusedResponseError(msg)
         return KeySetSnapshot(
             issuer=answer.issuer,
             generation=answer.generation,
@@ -268,19 +319,13 @@ def _key_set_reader(at_least: int) -> Callable[[GetKeySetResponse, Moment], KeyS
     return read
 
 
-def _revocations_reader(since: Position | None) -> Callable[[Iterable[GetRevocationsResponse], Moment], Polled]:
-    def read(answers: Iterable[GetRevocationsResponse], asked_at: Moment) -> Polled:
-        parts, whole = PartCollector(), None
-        for answer in answers:
-            whole = parts.add(polled_response(answer), asked_at)
-        if whole is None:
-            msg = "its answer has no end"
-            raise KeySetUnavailableError(msg)
-        told = whole[0].position
+def _revocations_reader(since: Position | None) -> Callable[[Response, Moment], Polled]:
+    def read(answer: Response, asked_at: Moment) -> Polled:
+        told = answer.position
         if since is not None and (told.epoch, told.revocation_version) < (since.epoch, since.revocation_version):
             msg = f"it has revocation {told.revocation_version}, and {since.revocation_version} is loaded"
             raise KeySetUnavailableError(msg)
-        return Polled(whole[0], asked_at)
+        return Polled(answer, asked_at)
 
     return read
 

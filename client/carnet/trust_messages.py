@@ -14,6 +14,8 @@ from carnet.keysets import Moment
 from carnet.revocations import Position, Revocation
 
 __all__ = [
+    "MAX_CHANGE_BYTES",
+    "MAX_CHANGE_TIME",
     "MAX_ENTRIES",
     "Answer",
     "Change",
@@ -26,7 +28,12 @@ __all__ = [
 ]
 
 MAX_ENTRIES: Final = 1_000_000
-"""Revocations in one change."""
+"""Revocations in one change. One of a token has about 40 bytes on the wire, so that this many have 40 MB."""
+MAX_CHANGE_BYTES: Final = 256 * 1024 * 1024
+"""Bytes of one change on the wire: `MAX_ENTRIES` of 268 bytes each, so that a store of long SPIFFE IDs fits too."""
+MAX_CHANGE_TIME: Final = timedelta(minutes=2)
+"""From the first part of a change to its last. What is at hand is old by then, and others may still be asked in time:
+the default of `max_staleness` is five minutes."""
 
 _NOTHING: Final = timedelta()
 
@@ -73,6 +80,8 @@ class Response:
     keys: PushedKeys | None = None
     change: Change | None = None
     live: bool = False
+    size: int = 0
+    """Bytes on the wire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,26 +109,37 @@ class Goodbye:
 
 
 class PartCollector:
-    """Puts together a change that comes in parts (rule 5 of `carnet.trust_state`). One for each stream or answer."""
+    """Puts together a change that comes in parts (rule 5 of `carnet.trust_state`). One for each stream or answer.
+
+    What is collected is bounded, in entries, bytes and time, and each part but the last must bring something: a broker
+    that goes on for ever would hold the verifier, and its memory.
+    """
 
     def __init__(self) -> None:
         self._first: tuple[Response, Moment] | None = None
+        self._began: Moment | None = None
         self._keys: PushedKeys | None = None
         self._entries: list[Revocation] = []
+        self._bytes = 0
 
-    def add(self, response: Response, asked_at: Moment) -> tuple[Response, Moment] | None:
+    def add(self, response: Response, asked_at: Moment, now: Moment) -> tuple[Response, Moment] | None:
         """Return the whole response and the moment that it is as fresh as, None while parts are missing.
 
-        Raises `RefusedResponseError` where the parts do not belong together; then begins anew.
+        Raises `RefusedResponseError` where the parts do not belong together, or are too many; then begins anew.
         """
         change = response.change
+        if self._began is not None and now.since(self._began) > MAX_CHANGE_TIME:
+            self._reset()
+            msg = f"the change has not ended {MAX_CHANGE_TIME} after its first part"
+            raise RefusedResponseError(msg)
         if change is None or (self._first is None and not change.more):
             return response, asked_at
         if self._first is None:
-            self._first = response, asked_at
+            self._first, self._began = (response, asked_at), now
         first, first_asked_at = self._first
         self._keys = response.keys or self._keys
         self._entries.extend(change.entries)
+        self._bytes += response.size
         try:
             self._check_part(first, response)
         except RefusedResponseError:
@@ -147,6 +167,12 @@ class PartCollector:
         if len(self._entries) > MAX_ENTRIES:
             msg = f"the change has more than {MAX_ENTRIES} entries"
             raise RefusedResponseError(msg)
+        if self._bytes > MAX_CHANGE_BYTES:
+            msg = f"the change has more than {MAX_CHANGE_BYTES} bytes"
+            raise RefusedResponseError(msg)
+        if other.more and not other.entries:
+            msg = "a part of a change has no entries, and says that more will come"
+            raise RefusedResponseError(msg)
 
     def _reset(self) -> None:
-        self._first, self._keys, self._entries = None, None, []
+        self._first, self._began, self._keys, self._entries, self._bytes = None, None, None, [], 0

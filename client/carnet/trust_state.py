@@ -13,6 +13,10 @@ Rules (the wire is `protos/carnet/v1/trust.proto`)
    counted, for somebody should look. A lower epoch is refused.
 5. A change in parts is loaded when its last part is there, and is as fresh as its first.
 6. An answer with anything in it that cannot be is refused whole. What is at hand stays.
+   An epoch is the time of its beginning, so none is far ahead of the clock here (`MAX_EPOCH_AHEAD`). Within an epoch
+   nothing grows by more than brokers can have done since (`MAX_GENERATION_JUMP`, `MAX_VERSION_JUMP`): who believed it
+   would find every honest broker behind, and learn nothing more. Knowledge that is too old to decide is like none: it
+   may be from long ago, so nothing is too far ahead of it.
 7. Staleness is the age that was told, plus the time since this side sent the last word that the broker is known to have
    had before it wrote (`answered`). So an answer that lay in a buffer while a laptop slept does not look fresh.
 """
@@ -20,7 +24,7 @@ Rules (the wire is `protos/carnet/v1/trust.proto`)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
@@ -38,11 +42,32 @@ from carnet.revocations import (
 )
 from carnet.trust_messages import MAX_ENTRIES, Change, RefusedResponseError, Response
 
-__all__ = ["Outcome", "SavedTrust", "TrustState", "VerifierStatus"]
+__all__ = [
+    "MAX_EPOCH_AHEAD",
+    "MAX_GENERATION_JUMP",
+    "MAX_VERSION_JUMP",
+    "Outcome",
+    "SavedTrust",
+    "TrustState",
+    "VerifierStatus",
+]
+
+MAX_EPOCH_AHEAD: Final = timedelta(days=1)
+"""How far ahead of the wall clock here an epoch may begin. Its number is the milliseconds since 1970 at its beginning,
+or one more than the epoch before. With clocks that are a day apart no token is good anyway: it seems to be issued in
+the future, or over."""
+MAX_GENERATION_JUMP: Final = 10_000
+"""Generations between two answers. A rotation has about four, and needs a write to Vault for each."""
+MAX_VERSION_JUMP: Final = MAX_ENTRIES
+"""Revocations between two answers. A broker believes as much of what a verifier claims, and begins a new epoch above it
+otherwise: so a verifier that was lied to finds its way back."""
 
 _NOTHING: Final = timedelta()
 _CLEAN_EVERY: Final = timedelta(minutes=1)
 _DIGEST_BYTES: Final = 32
+_LAST_NUMBER: Final = 2**53 - 1  # As for revocations: the last whole number that every JSON reader keeps exact.
+_UNIX_START: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
 
 
 class Outcome(StrEnum):
@@ -138,7 +163,7 @@ class TrustState:
         if response.age < _NOTHING:
             msg = f"the broker says that its knowledge is {response.age} old"
             raise RefusedResponseError(msg)
-        new_epoch = self._check_epoch(response)
+        new_epoch = self._check_epoch(response, now)
         entries = self._checked(response, new_epoch=new_epoch)
         freshness = Freshness(response.age, asked_at)
         keys = self._take_keys(response, freshness, now, new_epoch=new_epoch) if of_keys else Outcome.CURRENT
@@ -182,17 +207,38 @@ class TrustState:
         self.keys.told_revocations(freshness, now)
         self._load(position, RevocationSet(saved.entries))
 
-    def _check_epoch(self, response: Response) -> bool:
-        """Say whether the response begins a new epoch."""
+    def _check_epoch(self, response: Response, now: Moment) -> bool:
+        """Say whether the response begins a new epoch. Refuses a position that cannot be (rule 6)."""
         told, change = response.position, response.change
         if told.epoch < 1:
             msg = "the broker names no epoch"
             raise RefusedResponseError(msg)
+        if max(told.generation, told.revocation_version) > _LAST_NUMBER:
+            msg = f"the broker names generation {told.generation} and revocation {told.revocation_version}"
+            raise RefusedResponseError(msg)
         new_epoch = told.epoch > self._epoch
+        if new_epoch:
+            _check_begun(told.epoch, now.wall)
+        elif told.epoch == self._epoch:
+            self._check_jump(told, now)
         if new_epoch and (change is None or not change.snapshot):
             msg = f"the broker is in epoch {told.epoch}, this side in {self._epoch}, and it gave no snapshot"
             raise self._gap(msg)
         return new_epoch
+
+    def _check_jump(self, told: Position, now: Moment) -> None:
+        age = self.keys.staleness(now)
+        if age is None or age > self._rules.max_staleness:
+            return
+        for what, to, at_hand, most in (
+            ("generation", told.generation, self.keys.generation, MAX_GENERATION_JUMP),
+            ("revocation", told.revocation_version, self._version, MAX_VERSION_JUMP),
+        ):
+            if to - at_hand > most:
+                msg = (
+                    f"the broker names {what} {to}, {at_hand} is loaded, and it cannot have had more than {most} since"
+                )
+                raise RefusedResponseError(msg)
 
     def _checked(self, response: Response, *, new_epoch: bool) -> tuple[Revocation, ...]:
         """Return the entries of the change, checked (rules 2 and 6)."""
@@ -323,3 +369,16 @@ class TrustState:
     def _gap(self, message: str) -> RefusedResponseError:
         self.wants_all = True
         return RefusedResponseError(message, gap=True)
+
+
+def _check_begun(epoch: int, wall: datetime) -> None:
+    """Refuse an epoch that begins too far ahead of the clock here (rule 6)."""
+    ahead = epoch - (wall - _UNIX_START) // _MILLISECOND
+    if ahead > MAX_EPOCH_AHEAD // _MILLISECOND:
+        hours = ahead // (timedelta(hours=1) // _MILLISECOND)
+        msg = (
+            f"the broker names epoch {epoch}, which begins {hours} hours ahead of the clock of this host"
+            f" ({wall:%Y-%m-%dT%H:%M:%SZ}): set that clock if it is behind; if it is right, the broker lies, or a"
+            " broker's clock was ahead when its store began"
+        )
+        raise RefusedResponseError(msg)

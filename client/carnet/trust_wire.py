@@ -35,6 +35,7 @@ def watch_response(message: trust_pb2.WatchResponse) -> Response:
         keys=_keys(message.key_set) if message.HasField("key_set") else None,
         change=_change(message.change) if message.HasField("change") else None,
         live=message.live,
+        size=message.ByteSize(),
     )
 
 
@@ -44,6 +45,7 @@ def polled_response(message: trust_pb2.GetRevocationsResponse) -> Response:
         position=read_position(message.position),
         age=_duration(message.age),
         change=_change(message.change) if message.HasField("change") else None,
+        size=message.ByteSize(),
     )
 
 

@@ -69,7 +69,7 @@ class WatchProtocol:
             raise RefusedResponseError(msg)
         self.patience = _HEARTBEATS * min(response.heartbeat, _LONGEST_HEARTBEAT) + _MARGIN
         self.live = response.live
-        whole = self._parts.add(response, asked_at)
+        whole = self._parts.add(response, asked_at, now)
         if whole is None:
             return Outcome.PART
         response, asked_at = whole

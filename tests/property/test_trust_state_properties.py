@@ -63,7 +63,7 @@ class Issuer:
         self.epoch += 1
         self.log = self.log[:kept]
         if self.log:
-            last = replace(self.log[-1], version=self.log[-1].version + 1_000_000)
+            last = replace(self.log[-1], version=self.log[-1].version + 1_000)
             if last.before_version:
                 last = replace(last, before_version=last.version)
             self.log.append(last)
@@ -228,7 +228,7 @@ def _in_parts(whole: Response, size: int) -> Response:
     for number, part in enumerate(parts, 1):
         assert out is None
         change = replace(whole.change, entries=part, more=number < len(parts))
-        out = collector.add(replace(whole, change=change), at(0))
+        out = collector.add(replace(whole, change=change), at(0), at(0))
     assert out is not None
     assert whole == out[0]
     return out[0]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 from carnet.errors import CarnetError, InvalidKeySetError, KeySetUnavailableError
-from carnet.keyset_source import Polled, _key_set_reader, _revocations_reader
+from carnet.keyset_source import Polled, PolledParts, _key_set_reader, _revocations_reader
 from carnet.keysets import KeySetSnapshot
 from carnet.trust_messages import RefusedResponseError
 from carnet.trust_wire import position_message
@@ -91,5 +91,8 @@ class Poller(Verifier):
         asked_at = self.moment()
         since = None if self.state.wants_all else self.state.position
         request = GetRevocationsRequest(**({} if since is None else {"from": position_message(since)}))
-        answers: AsyncIterator[GetRevocationsResponse] = broker.trust.GetRevocations(request, _NOBODY)
-        return _revocations_reader(since)([answer async for answer in answers], asked_at)
+        answers: AsyncIterator[bytes] = broker.trust.GetRevocations(request, _NOBODY)
+        parts = PolledParts()
+        async for answer in answers:
+            parts.add(GetRevocationsResponse.FromString(answer), self.moment())
+        return _revocations_reader(since)(parts.whole(), asked_at)

@@ -13,6 +13,8 @@ from carnet.jwk import KeySet, PublicJWK
 from carnet.keysets import KeySetRules, Moment, Supply
 from carnet.revocations import GENESIS_DIGEST, Position, Revocation, RevocationKind, next_digest
 from carnet.trust_messages import (
+    MAX_CHANGE_BYTES,
+    MAX_CHANGE_TIME,
     MAX_ENTRIES,
     Answer,
     Change,
@@ -22,7 +24,13 @@ from carnet.trust_messages import (
     RefusedResponseError,
     Response,
 )
-from carnet.trust_state import Outcome, TrustState
+from carnet.trust_state import (
+    MAX_EPOCH_AHEAD,
+    MAX_GENERATION_JUMP,
+    MAX_VERSION_JUMP,
+    Outcome,
+    TrustState,
+)
 from carnet.watch_protocol import WatchProtocol
 
 ISSUER = "https://tokens.prod.example"
@@ -355,6 +363,60 @@ def test_k15_a_response_with_anything_in_it_that_cannot_be_is_refused_whole(wron
 # -- polls -------------------------------------------------------------------------------------------------------------
 
 
+def test_k15_an_epoch_far_ahead_is_a_lie_unless_the_clock_here_is_behind():
+    """A day ahead is believed. The refusal names both clocks; with the clock set right the same answer is loaded."""
+    begins = int(START.wall.timestamp() * 1000) + MAX_EPOCH_AHEAD // timedelta(milliseconds=1)
+    for state in (new_state(), loaded(LOG)):
+        before = state.position
+        with pytest.raises(
+            RefusedResponseError, match=r"24 hours ahead .* \(2026-11-24T12:00:00Z\): set that clock"
+        ) as no:
+            state.apply(response(LOG, keys=KEYS, epoch=begins + 1), asked_at=START, now=START)
+        assert (False, before, False) == (no.value.gap, state.position, state.wants_all)
+        assert Outcome.LOADED is state.apply(response(LOG, keys=KEYS, epoch=begins + 1), asked_at=at(1), now=at(1))
+    state = new_state()
+    assert Outcome.LOADED is state.apply(response(LOG, keys=KEYS, epoch=begins), asked_at=START, now=START)
+
+
+def test_a_clock_that_is_set_back_does_not_lock_out_of_the_epoch_that_is_loaded():
+    """Only a new epoch is looked at."""
+    state = loaded(LOG)
+    back = Moment(START.monotonic + 1, datetime(2001, 1, 1, tzinfo=UTC))
+    assert Outcome.LOADED is state.apply(response([*LOG, entry(4)], since=3), asked_at=back, now=back)
+
+
+@pytest.mark.parametrize("what", ["generation", "revocation"])
+def test_k15_a_jump_that_no_broker_can_have_made_is_refused(what: str):
+    """To the bound and no further within an epoch; a new epoch may begin anywhere that is a number for all."""
+    most = MAX_GENERATION_JUMP if what == "generation" else MAX_VERSION_JUMP
+
+    def jump(by: int, **more: Any) -> Response:  # noqa: ANN401 - those of Response
+        told = response([entry(3 + by)] if what == "revocation" else LOG, keys=KEYS, **more)
+        if what == "revocation":
+            return told
+        position = replace(told.position, generation=1 + by)
+        return replace(told, position=position, keys=replace(told.keys, generation=1 + by))
+
+    state = loaded(LOG)
+    before = state.position
+    with pytest.raises(RefusedResponseError, match=f"{what} .* it cannot have had more than {most} since"):
+        state.apply(jump(most + 1), asked_at=START, now=START)
+    assert before == state.position
+    assert Outcome.LOADED is state.apply(jump(most), asked_at=START, now=START)
+    assert Outcome.LOADED is loaded(LOG).apply(jump(most + 1, epoch=EPOCH + 1), asked_at=START, now=START)
+    with pytest.raises(RefusedResponseError, match="the broker names generation"):
+        loaded(LOG).apply(jump(2**53, epoch=EPOCH + 1), asked_at=START, now=START)
+
+
+def test_what_is_too_old_to_decide_is_no_measure_of_a_jump():
+    """A process that was suspended for months has missed any number of revocations: it may learn of them."""
+    far = response([entry(3 + MAX_VERSION_JUMP + 1, seconds=7200)], keys=KEYS)
+    state = loaded(LOG)
+    with pytest.raises(RefusedResponseError, match="cannot have had"):
+        state.apply(far, asked_at=at(300), now=at(300))
+    assert Outcome.LOADED is state.apply(far, asked_at=at(301), now=at(301))
+
+
 def test_an_answer_to_a_poll_says_nothing_of_keys():
     """Its generation is neither a gap nor fresh: keys have an answer of their own."""
     state = loaded(LOG)
@@ -385,13 +447,13 @@ def test_a_change_in_parts_is_whole_with_its_last_part_and_as_fresh_as_its_first
     """Three parts: nothing twice, then the whole; the moment is that of the first, the age the greatest."""
     collector = PartCollector()
     first, second, third = parts_of(response(LOG, keys=KEYS))
-    assert None is collector.add(replace(first, age=timedelta(seconds=3)), at(1))
-    assert None is collector.add(second, at(2))
-    whole, asked_at = collector.add(third, at(3))
+    assert None is collector.add(replace(first, age=timedelta(seconds=3)), at(1), at(1))
+    assert None is collector.add(second, at(2), at(2))
+    whole, asked_at = collector.add(third, at(3), at(3))
     assert (tuple(LOG), at(1)) == (whole.change.entries, asked_at)
     assert (timedelta(seconds=3), KEYS) == (whole.age, whole.keys.keys)
-    assert (third, at(4)) == collector.add(third, at(4)), "one that is whole by itself"
-    assert (heartbeat(LOG), at(5)) == collector.add(heartbeat(LOG), at(5))
+    assert (third, at(4)) == collector.add(third, at(4), at(4)), "one that is whole by itself"
+    assert (heartbeat(LOG), at(5)) == collector.add(heartbeat(LOG), at(5), at(5))
 
 
 @pytest.mark.parametrize(
@@ -410,11 +472,54 @@ def test_a_change_in_parts_is_whole_with_its_last_part_and_as_fresh_as_its_first
 def test_parts_that_do_not_belong_together_are_refused(other: Response):
     """And what was collected is forgotten."""
     collector = PartCollector()
-    assert None is collector.add(parts_of(response(LOG))[0], START)
+    assert None is collector.add(parts_of(response(LOG))[0], START, START)
     with pytest.raises(RefusedResponseError):
-        collector.add(other, START)
+        collector.add(other, START, START)
     whole = response(LOG)
-    assert (whole, START) == collector.add(whole, START)
+    assert (whole, START) == collector.add(whole, START, START)
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "entries", "message"),
+    [
+        (MAX_CHANGE_BYTES // 2 + 1, 1, (entry(2),), "bytes"),
+        (1, MAX_CHANGE_TIME.total_seconds() + 1, (entry(2),), "has not ended 0:02:00 after its first part"),
+        (1, 1, (), "no entries, and says that more will come"),
+        (1, 1, (entry(2),) * MAX_ENTRIES, "1000000 entries"),
+    ],
+    ids=["bytes", "time", "nothing in it", "entries"],
+)
+def test_k15_a_change_that_goes_on_and_on_is_refused(
+    size: int, seconds: float, entries: tuple[Revocation, ...], message: str
+):
+    """Each bound: bytes, time, entries, and parts that bring nothing. What was collected is forgotten."""
+    collector = PartCollector()
+    part = replace(parts_of(response(LOG))[0], size=size)
+    assert None is collector.add(part, START, START)
+    with pytest.raises(RefusedResponseError, match=message):
+        collector.add(replace(part, change=replace(part.change, entries=entries)), START, at(seconds))
+    assert None is collector.add(part, START, at(seconds)), "as the first part of another change"
+
+
+def test_k15_a_change_at_its_bounds_is_taken():
+    """Bytes and time are exactly what is allowed; the last part may be an empty one."""
+    collector = PartCollector()
+    part = replace(parts_of(response(LOG))[0], size=MAX_CHANGE_BYTES // 2)
+    assert None is collector.add(part, START, START)
+    end = replace(part, change=replace(part.change, entries=(), more=False))
+    whole, _ = collector.add(end, START, at(MAX_CHANGE_TIME.total_seconds()))
+    assert (entry(1),) == whole.change.entries
+
+
+def test_k15_a_change_that_a_broker_never_ends_holds_no_stream_by_its_heartbeats():
+    """Heartbeats come between the parts, and the end does not: the broker is left when the time is over."""
+    protocol = protocol_of(loaded(LOG))
+    protocol.hello(START)
+    more = [*LOG, entry(4), entry(5)]
+    assert Outcome.PART is protocol.receive(parts_of(response(more, since=3))[0], at(1))
+    protocol.receive(heartbeat(LOG), at(60))
+    with pytest.raises(RefusedResponseError, match="has not ended"):
+        protocol.receive(heartbeat(LOG), at(2 + MAX_CHANGE_TIME.total_seconds()))
 
 
 # -- the protocol ------------------------------------------------------------------------------------------------------
