@@ -38,6 +38,7 @@ __all__ = [
     "HelloError",
     "Push",
     "RevocationTail",
+    "Snapshot",
     "Standing",
     "change_from",
     "check_hello",

@@ -236,7 +236,7 @@ class AuthenticatedCalls:
     def _answering(
         self, handler: Handler, serve: Callable[[Any, Context], AsyncIterator[Any]]
     ) -> Callable[[LongCall, Context], Awaitable[None]]:
-        """Return what serves a method that has one request and a stream of responses."""
+        """Return what serves a method that has one request and a stream of responses, which it may give as bytes."""
         parse = cast("Callable[[bytes], Any]", handler.request_deserializer)
         encode = cast("Callable[[Any], bytes]", handler.response_serializer)
 
@@ -244,7 +244,7 @@ class AuthenticatedCalls:
             request = _parsed(await call.first(), parse)
             async for response in serve(request, context):
                 call.workload()
-                await call.write(encode(response))
+                await call.write(response if isinstance(response, bytes) else encode(response))
 
         return answer
 

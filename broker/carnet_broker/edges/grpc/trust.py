@@ -10,14 +10,16 @@ import grpc
 
 from carnet.admission import Admission
 from carnet.v1 import trust_pb2, trust_pb2_grpc
-from carnet_broker.core.watching import Change, HelloError, change_from
+from carnet_broker.core.watching import HelloError
 from carnet_broker.edges.grpc.calls import LongCall, caller, takes_long_call
+from carnet_broker.edges.grpc.poll_answers import PollAnswers
 from carnet_broker.edges.grpc.status import UnavailableError
 from carnet_broker.edges.grpc.trust_knowledge import invalid
-from carnet_broker.edges.grpc.trust_messages import change_message, key_set_message, position_of
+from carnet_broker.edges.grpc.trust_messages import key_set_message, position_of
 from carnet_broker.edges.grpc.watch import Watchers
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
 from carnet_broker.ports import Clock, LogPosition
+from carnet_broker.revocation_view import RevocationView
 from carnet_broker.signing import KeyringHolder
 
 __all__ = ["TrustServicer"]
@@ -41,6 +43,7 @@ class TrustServicer(trust_pb2_grpc.TrustServiceServicer):
         self._admission = admission
         self._clock = clock
         self._max_age = max_age
+        self._answers = PollAnswers()
 
     async def GetKeySet(  # noqa: N802 - the name in the proto
         self, request: trust_pb2.GetKeySetRequest, context: grpc.aio.ServicerContext[object, object]
@@ -64,10 +67,10 @@ class TrustServicer(trust_pb2_grpc.TrustServiceServicer):
         response.age.FromTimedelta(max(age, timedelta(0)))
         return response
 
-    async def GetRevocations(  # noqa: N802 - as above
+    async def GetRevocations(  # type: ignore[override] # noqa: N802 - as above
         self, request: trust_pb2.GetRevocationsRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> AsyncIterator[trust_pb2.GetRevocationsResponse]:
-        """Yield what was revoked since a position; one response without a change where that is nothing."""
+    ) -> AsyncIterator[bytes]:
+        """Yield what was revoked since a position, encoded; one response without a change where that is nothing."""
         del context
         self._admit()
         self._known.check_serves_any(caller())
@@ -80,23 +83,26 @@ class TrustServicer(trust_pb2_grpc.TrustServiceServicer):
         await self._known.catch_up(peer)
         keys, log = self._known.views()
         at = None if peer is None else LogPosition(peer.epoch, peer.revocation_version, peer.revocation_digest)
-        changes = change_from(at, log.tail, self._known.revocations.snapshot)
-        to = changes[-1].to if changes else log.position
-        parts: list[Change | None] = [*changes] or [None]
-        for change in parts:
-            response = trust_pb2.GetRevocationsResponse(
-                position=trust_pb2.Position(
-                    epoch=to.epoch,
-                    generation=keys.keyring.generation,
-                    revocation_version=to.version,
-                    revocation_digest=to.digest,
-                )
-            )
-            age = log.age(self._clock.now(), self._clock.mono())
-            response.age.FromTimedelta(max(age, timedelta(0)))
-            if change is not None:
-                response.change.CopyFrom(change_message(change))
-            yield response
+        to, parts = self._answers.leading_on(at, log.tail, self._known.revocations.snapshot)
+        position = trust_pb2.Position(
+            epoch=to.epoch,
+            generation=keys.keyring.generation,
+            revocation_version=to.version,
+            revocation_digest=to.digest,
+        )
+        is_told = False
+        for part in parts:
+            # Two encodings of a message, one after the other, are the two merged.
+            yield part + self._around(position, log)
+            is_told = True
+        if not is_told:
+            yield self._around(position, log)
+
+    def _around(self, position: trust_pb2.Position, log: RevocationView) -> bytes:
+        """Return what a response has beside its change, encoded: its age is that of the moment at which it is sent."""
+        response = trust_pb2.GetRevocationsResponse(position=position)
+        response.age.FromTimedelta(max(log.age(self._clock.now(), self._clock.mono()), timedelta(0)))
+        return response.SerializeToString()
 
     @takes_long_call
     async def Watch(self, call: LongCall, context: grpc.aio.ServicerContext[object, object]) -> None:  # type: ignore[override] # noqa: N802
