@@ -22,6 +22,7 @@ from carnet_broker.config import BrokerConfig, host_and_port, is_loopback
 from carnet_broker.core.policy import Policy, load_policy
 from carnet_broker.core.workload import TrustBundle
 from carnet_broker.edges.grpc.listeners import TlsPems
+from carnet_broker.edges.store import check_store_url
 from carnet_broker.edges.vault import SecretFile, VaultSettings
 from carnet_broker.file_modes import check_audit_directory, check_key_file
 
@@ -122,6 +123,7 @@ def check_files(config: BrokerConfig, now: datetime) -> None:
     load_tls(config, [policy.trust_domain], now)
     load_vault_settings(config)
     check_audit_directory(config.audit.directory)
+    check_store_url(config.store.url)
 
 
 def _check_serves(identity: Identity, file: Path, now: datetime) -> None:

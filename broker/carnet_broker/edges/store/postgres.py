@@ -22,7 +22,7 @@ from sqlalchemy.pool import QueuePool
 
 from carnet.errors import ConfigError
 
-__all__ = ["PostgresBackend"]
+__all__ = ["PostgresBackend", "libpq_parameters"]
 
 _CHANNEL: Final = "carnet_store"
 _MIGRATION_LOCK: Final = 0x6361726E6574
@@ -44,6 +44,8 @@ _CHECKED: Final = (
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _PASSWORD: Final = "store.url holds a password: put it into a file, and name that as store.password_file"  # noqa: S105 - says that there is one
+_SECRETS: Final = frozenset({"sslpassword", "oauth_client_secret"})
+"""What else is secret of the parameters of libpq, and has no file of its own here."""
 
 _Result = TypeVar("_Result")
 
@@ -67,7 +69,7 @@ class PostgresBackend:
         """`password` may be a file, which is read for each connection. Raises `ConfigError`."""
         self._timeout = timeout
         self._password = _password_of(password)
-        self._parameters = _parameters(url)
+        self._parameters = libpq_parameters(url)
         self.engine = sqlalchemy.create_engine(
             "postgresql+psycopg://",
             creator=self._connect,
@@ -208,8 +210,8 @@ class _Listening:
         self._connection.close()
 
 
-def _parameters(url: URL) -> dict[str, Any]:
-    """Return what libpq is told, by its names."""
+def libpq_parameters(url: URL) -> dict[str, Any]:
+    """Return what libpq is told, by its names. Raises `ConfigError`."""
     if url.password:
         raise ConfigError(_PASSWORD)
     named = {"user": url.username, "host": url.host, "port": url.port, "dbname": url.database}
@@ -217,6 +219,12 @@ def _parameters(url: URL) -> dict[str, Any]:
     parameters |= {name: value if isinstance(value, str) else ",".join(value) for name, value in url.query.items()}
     if "password" in parameters:
         raise ConfigError(_PASSWORD)
+    for name in sorted(_SECRETS & parameters.keys()):
+        msg = (
+            f"store.url holds a password ({name}): take it out; a password of the database user goes into a file that"
+            " store.password_file names, and the key of a client certificate has none (sslkey=FILE, mode 0600)"
+        )
+        raise ConfigError(msg)
     if not _is_local(str(parameters.get("host", ""))):
         parameters.setdefault("sslmode", "verify-full")
     for name, value in _DEFAULTS.items():

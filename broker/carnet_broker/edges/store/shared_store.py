@@ -14,15 +14,16 @@ from carnet.errors import ConfigError
 from carnet_broker.edges.store.cleaning import SETTLED, Cleaning
 from carnet_broker.edges.store.database import Backend, Database
 from carnet_broker.edges.store.mirror import StoredMirror
-from carnet_broker.edges.store.postgres import PostgresBackend
+from carnet_broker.edges.store.postgres import PostgresBackend, libpq_parameters
 from carnet_broker.edges.store.replicas import StoredReplicas
 from carnet_broker.edges.store.revocations import StoredRevocations
 from carnet_broker.edges.store.rollout import StoredRollout
 from carnet_broker.edges.store.sessions import StoredSessions
-from carnet_broker.edges.store.sqlite import SqliteBackend
+from carnet_broker.edges.store.sqlite import SqliteBackend, sqlite_path
+from carnet_broker.edges.store.sqlite_place import check_place
 from carnet_broker.edges.store.wakeups import StoreWakeups, WakeupHub
 
-__all__ = ["SharedStore", "open_store"]
+__all__ = ["SharedStore", "check_store_url", "open_store"]
 
 
 def _host_time() -> datetime:
@@ -117,6 +118,15 @@ def open_store(
             store.close()
             raise
     return store
+
+
+def check_store_url(url: str) -> None:
+    """Say what is wrong with the store at `url` without opening it or making anything. Raises `ConfigError`."""
+    parsed = _parsed(url)
+    if parsed.get_backend_name() == "sqlite":
+        check_place(sqlite_path(parsed))
+    else:
+        libpq_parameters(parsed)
 
 
 def _parsed(url: str) -> URL:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from collections.abc import Callable, Mapping
@@ -19,9 +18,10 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from carnet.errors import ConfigError
+from carnet_broker.edges.store.sqlite_place import make_file
 from carnet_broker.edges.store.tables import ONLY_ROW, signal
 
-__all__ = ["SqliteBackend"]
+__all__ = ["SqliteBackend", "sqlite_path"]
 
 _POLL: Final = 0.025
 """Seconds between two looks for changes. A look costs some microseconds."""
@@ -37,10 +37,10 @@ class SqliteBackend:
 
     def __init__(self, url: URL, *, timeout: timedelta, now: Callable[[], datetime]) -> None:
         """`now` is the clock of the host, which is the store's. Raises `ConfigError`."""
-        self._path = _path(url)
+        self._path = sqlite_path(url)
         self._timeout = timeout
         self._now = now
-        _create(self._path)
+        make_file(self._path)
         self.engine = sqlalchemy.create_engine(
             "sqlite://",
             creator=self._connect,
@@ -162,22 +162,12 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options()["begin_with"])
 
 
-def _path(url: URL) -> Path:
+def sqlite_path(url: URL) -> Path:
+    """Return the file that `url` names. Raises `ConfigError`."""
     if not url.database or url.database == ":memory:" or not url.database.startswith("/") or url.query or url.host:
         msg = "store.url: a SQLite store is sqlite:////absolute/path/of/the/file, without anything else"
         raise ConfigError(msg)
     return Path(url.database)
-
-
-def _create(path: Path) -> None:
-    """Make the file, for its owner alone; SQLite gives the same rights to the files that it keeps beside it."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o600)
-    except OSError as error:
-        msg = f"store.url: cannot use {path}: {error.strerror}; give a file in a directory that the broker may write"
-        raise ConfigError(msg) from error
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
