@@ -6,6 +6,7 @@ broker's packages are not installed: the SDK alone brings this command too.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -103,4 +104,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Run the command line of this process."""
+    # gRPC's C++ part writes lines of its own for a failed handshake. It reads this at its import, which a command does.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     sys.exit(run(sys.argv[1:]))

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+from carnet.testing.ca import CertificateAuthority
 from carnet_broker.cli import run
+from support.broker_stub import BrokerStub
 
 COMMANDS = {
     "serve": "serve:serve",
@@ -62,6 +66,41 @@ def test_b10_serve_silences_the_log_of_grpc_before_it_is_imported() -> None:
     text = "import sys, carnet_broker.cli.serve; print([name for name in sys.modules if name.startswith('grpc')])"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True)
     assert "[]\n" == done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["revoke", "--jti", "token-0123456789012345"],
+        ["keys", "revoke", "A" * 43],
+    ],
+    ids=["revoke", "keys revoke"],
+)
+def test_a_handshake_that_fails_is_one_line_of_an_admin_command(arguments: list[str], tmp_path: Path) -> None:
+    """The server's certificate is from somebody else. What gRPC itself says of it is not for people."""
+    ours, others = CertificateAuthority.create("prod.example"), CertificateAuthority.create("prod.example")
+    issued = ours.issue("spiffe://prod.example/ns/ops/sa/admin")
+    certificate, key = issued.write(tmp_path, "admin")
+    (tmp_path / "ca.pem").write_bytes(ours.root_pem)
+    with BrokerStub.start(others) as stub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("GRPC_", "CARNET_"))}
+        environment |= {
+            "CARNET_ADMIN": stub.target,
+            "CARNET_BROKER_NAME": stub.server_name,
+            "CARNET_CERT_FILE": str(certificate),
+            "CARNET_KEY_FILE": str(key),
+            "CARNET_CA_FILE": str(tmp_path / "ca.pem"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "carnet_broker", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=environment,
+        )
+    (line,) = done.stderr.splitlines()
+    assert (1, "error: ") == (done.returncode, line[:7])
 
 
 def test_help_needs_no_package_of_the_extra() -> None:
