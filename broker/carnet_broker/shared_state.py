@@ -14,8 +14,8 @@ from typing import Final
 from cryptography import x509
 
 from carnet.admission import Admission
+from carnet.certificate_names import certificate_names
 from carnet.errors import ConfigError
-from carnet.revocations import certificate_names
 from carnet_broker.acknowledgements import Acknowledgements, NotedLog
 from carnet_broker.administration import Administration
 from carnet_broker.config import BrokerConfig

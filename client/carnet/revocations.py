@@ -16,20 +16,15 @@ Rules
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-from carnet.claims import Claims, certificate_thumbprint, is_token_id
-from carnet.encoding import base64url
+from carnet.certificate_names import is_certificate_name
+from carnet.claims import Claims, is_token_id
 from carnet.errors import InvalidIdentityError, InvalidRevocationError
-from carnet.jwk import is_thumbprint
 from carnet.spiffe import SpiffeID
 
 __all__ = [
@@ -38,18 +33,15 @@ __all__ = [
     "Revocation",
     "RevocationKind",
     "RevocationSet",
-    "certificate_names",
     "check_entry",
     "lagging_time",
     "next_digest",
-    "parse_certificate_name",
 ]
 
 GENESIS_DIGEST: Final = bytes(32)
 """The digest of an epoch before its first entry."""
 
 _LAST_VERSION: Final = 2**53 - 1  # As for `rv`: the last whole number that every JSON reader keeps exact (RFC 8259).
-_SERIAL: Final = re.compile(r"(0|[1-9a-f][0-9a-f]{0,63})")
 _EPOCH_START: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _SECOND: Final = timedelta(seconds=1)
 
@@ -123,7 +115,7 @@ def check_entry(entry: Revocation) -> None:
     elif entry.kind in _BY_SUBJECT:
         sound = _is_spiffe_id(entry.value)
     else:
-        sound = _is_certificate_name(entry.value)
+        sound = is_certificate_name(entry.value)
     if not sound:
         msg = f"revocation {entry.version} of kind {entry.kind} cannot name {entry.value[:80]!r}"
         raise InvalidRevocationError(msg)
@@ -138,42 +130,6 @@ def check_entry(entry: Revocation) -> None:
     if ends is not None and (ends.utcoffset() != timedelta() or ends.microsecond):
         msg = f"revocation {entry.version} ends at {ends}, which is not a whole second in UTC"
         raise InvalidRevocationError(msg)
-
-
-def certificate_names(certificate: x509.Certificate) -> frozenset[str]:
-    """Return the three names that a revocation may call `certificate` by.
-
-    ``sha256:`` and its thumbprint (``x5t#S256``), ``spki-sha256:`` and the SHA-256 of its public key, both in
-    base64url; ``serial:`` with its number in lower-case hex, ``:`` and the SHA-256 of its issuer's name.
-    """
-    key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return frozenset(
-        {
-            f"sha256:{certificate_thumbprint(certificate)}",
-            f"spki-sha256:{_sha256(key)}",
-            f"serial:{certificate.serial_number:x}:{_sha256(certificate.issuer.public_bytes())}",
-        }
-    )
-
-
-def parse_certificate_name(text: str) -> str:
-    """Return `text` if it is one of the forms of `certificate_names`. Raises `InvalidRevocationError`."""
-    form, _, rest = text.partition(":")
-    match form:
-        case "sha256" | "spki-sha256":
-            sound = is_thumbprint(rest)
-        case "serial":
-            number, _, issuer = rest.partition(":")
-            sound = _SERIAL.fullmatch(number) is not None and is_thumbprint(issuer)
-        case _:
-            sound = False
-    if not sound:
-        msg = (
-            f"{text[:80]!r} names no certificate: give sha256:THUMBPRINT, spki-sha256:HASH or serial:HEX:ISSUER-HASH,"
-            " with SHA-256 in base64url"
-        )
-        raise InvalidRevocationError(msg)
-    return text
 
 
 def lagging_time(*, started: datetime, elapsed: timedelta, wall: datetime) -> datetime:
@@ -297,15 +253,3 @@ def _is_spiffe_id(text: str) -> bool:
         return str(SpiffeID.parse(text)) == text
     except InvalidIdentityError:
         return False
-
-
-def _is_certificate_name(text: str) -> bool:
-    try:
-        parse_certificate_name(text)
-    except InvalidRevocationError:
-        return False
-    return True
-
-
-def _sha256(raw: bytes) -> str:
-    return base64url(hashlib.sha256(raw).digest()).decode("ascii")

@@ -16,13 +16,14 @@ from typing import Final, Generic, TypeVar
 from cryptography import x509
 
 from carnet import settings
+from carnet.certificate_names import certificate_names
 from carnet.claims import Claims
 from carnet.errors import ConfigError, InvalidTokenError, InvalidTokenReason, KeySetUnavailableError
 from carnet.identity import Identity, StrPath
 from carnet.keyset_source import AsyncKeySetSource, KeySetSource
 from carnet.keysets import KeySetRules, OnStale
 from carnet.persisted import StateFile, StateFileError, StateKeeper
-from carnet.revocations import Position, certificate_names
+from carnet.revocations import Position
 from carnet.trust_servers import TrustServers, read_clocks
 from carnet.trust_state import TrustState, VerifierStatus
 from carnet.verify import Binding, Expectations, UnverifiedToken, verify_parsed

@@ -14,9 +14,10 @@ import grpc
 import pytest
 
 from carnet import Identity
+from carnet.certificate_names import certificate_names
 from carnet.claims import claims_of_payload
 from carnet.encoding import decode_base64url
-from carnet.revocations import RevocationKind, certificate_names
+from carnet.revocations import RevocationKind
 from carnet.testing import CertificateAuthority
 from carnet.tls import channel_options
 from carnet.v1 import admin_pb2, admin_pb2_grpc

@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from carnet.caller import current
+from carnet.certificate_names import certificate_names
 from carnet.errors import BrokerUnavailableError, ConfigError, RequestDeniedError
 from carnet.grpc import (
     NoTokenError,
@@ -32,7 +33,7 @@ from carnet.grpc import (
 from carnet.grpc.guard import Guard
 from carnet.grpc.refusals import Refusal, RefusedError
 from carnet.identity import Identity
-from carnet.revocations import RevocationKind, certificate_names
+from carnet.revocations import RevocationKind
 from carnet.source import AsyncClient, Client
 from carnet.testing.ca import CertificateAuthority
 from carnet.tls import secure_channel as tls_channel

@@ -14,8 +14,9 @@ from typing import Any
 import grpc
 import pytest
 
+from carnet.certificate_names import certificate_names
 from carnet.errors import ConfigError, InvalidTokenError, InvalidTokenReason, KeySetUnavailableError
-from carnet.revocations import Revocation, RevocationKind, certificate_names
+from carnet.revocations import Revocation, RevocationKind
 from carnet.trust import AsyncVerifier, Verifier
 from carnet.v1 import trust_pb2
 from carnet.verify import parse_unverified

@@ -17,7 +17,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from carnet import Identity
-from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, certificate_names, next_digest
+from carnet.certificate_names import certificate_names
+from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, next_digest
 from carnet.testing import CertificateAuthority
 from carnet.v1 import token_pb2, token_pb2_grpc, trust_pb2, trust_pb2_grpc
 from carnet_broker.edges.grpc.watch import UNANSWERED

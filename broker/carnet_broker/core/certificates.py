@@ -121,6 +121,9 @@ def read_certificates(pem: bytes) -> tuple[ParsedCertificate, ...]:
         if certificate.certificate.version is not x509.Version.v3:
             msg = "it is of X.509 version 1, which has no extensions"
             raise UnreadableCertificateError(msg)
+        if not _ends_with_whole_octets(certificate.certificate):
+            msg = "its signature is no whole number of octets"
+            raise UnreadableCertificateError(msg)
     return parsed
 
 
@@ -130,6 +133,15 @@ def signature_is_accepted(signed: x509.Certificate | x509.CertificateRevocationL
     if oid not in _SIGNATURES:
         return False
     return oid == SignatureAlgorithmOID.ED25519 or isinstance(signed.signature_hash_algorithm, _HASHES)
+
+
+def _ends_with_whole_octets(certificate: x509.Certificate) -> bool:
+    """Say whether no bits of the signature's BIT STRING are unused, as every signature algorithm here wants it.
+
+    Nothing signs this count. Where the last bit is 0, a 1 in its place changes the thumbprint and nothing else, so that
+    who holds a certificate would have another one, which no revocation names (X.690 section 8.6.2.2, RFC 5280 4.1.1.3).
+    """
+    return certificate.public_bytes(Encoding.DER)[-len(certificate.signature) - 1] == 0
 
 
 def _parsed(certificate: x509.Certificate) -> ParsedCertificate:

@@ -13,11 +13,11 @@ from typing import Final
 
 from cryptography import x509
 
+from carnet.certificate_names import parse_certificate_name
 from carnet.claims import certificate_thumbprint, is_token_id
 from carnet.encoding import base64url
 from carnet.errors import ConfigError, InvalidIdentityError, InvalidRevocationError
 from carnet.jwk import is_thumbprint
-from carnet.revocations import parse_certificate_name
 from carnet.spiffe import SpiffeID
 
 __all__ = ["NamedCertificate", "certificate_in_pem", "certificate_name", "moment", "subject_of", "token_id_of"]

@@ -229,6 +229,17 @@ def test_no_bit_of_a_leaf_can_be_flipped(ca: CertificateAuthority, bundle: Trust
             verify(chain, bundle)
 
 
+def test_t15_a_signature_with_unused_bits_is_refused(ca: CertificateAuthority, bundle: TrustBundle):
+    """T15: one bit that nobody signs, and a certificate has two thumbprints. Half of all signatures end in a 0."""
+    while (issued := ca.issue("spiffe://prod.example/ns/shop/sa/orders")).leaf.signature[-1] & 1:
+        pass
+    der = bytearray(issued.leaf.public_bytes(Encoding.DER))
+    verify(Presented.of(ca.root.private_key, bytes(der)).chain_pem + ca.intermediate_pem, bundle)
+    der[-len(issued.leaf.signature) - 1] = 1
+    with pytest.raises(UnauthenticatedError):
+        verify(Presented.of(ca.root.private_key, bytes(der)).chain_pem + ca.intermediate_pem, bundle)
+
+
 @settings(deadline=None)  # A busy machine is slow, and that is not what is tested here.
 @given(der=st.binary(max_size=200))
 def test_no_bytes_are_a_crash(der: bytes, ca: CertificateAuthority, bundle: TrustBundle):

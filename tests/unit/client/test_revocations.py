@@ -8,18 +8,17 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from carnet.claims import Claims, certificate_thumbprint
+from carnet.certificate_names import certificate_names, parse_certificate_name
+from carnet.claims import Claims
 from carnet.errors import InvalidRevocationError
 from carnet.revocations import (
     GENESIS_DIGEST,
     Revocation,
     RevocationKind,
     RevocationSet,
-    certificate_names,
     check_entry,
     lagging_time,
     next_digest,
-    parse_certificate_name,
 )
 from carnet.spiffe import SpiffeID
 from carnet.testing.ca import CertificateAuthority
@@ -299,13 +298,6 @@ class TestForm:
     def test_what_it_can_is_not(self, right: Revocation):
         """The twins."""
         check_entry(right)
-
-    def test_the_names_of_a_certificate_are_of_its_leaf(self):
-        """The thumbprint is that of the token's confirmation."""
-        leaf = CertificateAuthority.create("prod.example").issue(ORDERS).leaf
-        names = certificate_names(leaf)
-        assert len(names) == 3
-        assert f"sha256:{certificate_thumbprint(leaf)}" in names
 
     def test_a_set_shows_its_size_alone(self):
         """Not what it holds: who was cut off is for the ledger."""
