@@ -26,6 +26,7 @@ from carnet_broker.ports import (
     SessionChange,
     SessionOutcome,
 )
+from carnet_broker.session_changes import Report
 
 __all__ = ["Acknowledgements", "Durable", "NotedLog"]
 
@@ -34,8 +35,6 @@ _VERSIONS: Final = 1024
 _HEARD: Final = 16
 """Acknowledgements that are kept of one verifier."""
 _VERIFIERS: Final = 50_000
-
-Report = Callable[[SessionChange, Callable[[SessionOutcome], None] | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,11 @@ class Acknowledgements:
     def reporting(self, report: Report) -> Report:
         """Return what does the same as `report`, and notes what verifiers say on the way."""
 
-        def reported(change: SessionChange, told: Callable[[SessionOutcome], None] | None) -> None:
+        def reported(
+            change: SessionChange, told: Callable[[SessionOutcome], None] | None = None, *, soon: bool = True
+        ) -> None:
             self.hear(change)
-            report(change, told)
+            report(change, told, soon=soon)
 
         return reported
 

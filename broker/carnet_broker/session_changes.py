@@ -16,17 +16,29 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Final
+from typing import Final, Protocol
 
 from carnet_broker.ports import Acknowledged, Joined, Left, SessionChange, SessionOutcome
 
-__all__ = ["ENDED_STREAMS", "VERIFIERS", "Said", "SessionChanges"]
+__all__ = ["ENDED_STREAMS", "VERIFIERS", "Report", "Said", "SessionChanges"]
 
 ENDED_STREAMS: Final = 8
 """Streams of one verifier of which the store is told that they have ended."""
 VERIFIERS: Final = 20_000
 """More than a broker serves at the same time."""
 _NOT_COUNTED: Final = SessionOutcome(live=False)
+
+
+class Report(Protocol):
+    """What takes changes of sessions to the store: `told` hears in any thread what became of one.
+
+    `soon`: whether somebody waits for it.
+    """
+
+    def __call__(
+        self, change: SessionChange, told: Callable[[SessionOutcome], None] | None = None, *, soon: bool = True
+    ) -> None:
+        """Take `change`."""
 
 
 @dataclass(frozen=True, slots=True)

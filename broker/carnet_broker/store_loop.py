@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
 from carnet.revocations import Revocation, lagging_time
@@ -40,11 +40,13 @@ from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.session_changes import Said, SessionChanges
 from carnet_broker.store_parts import StoreEvents, StorePorts, StoreTiming
 
-__all__ = ["StoreEvents", "StoreLoop", "StorePorts", "StoreTiming", "epoch_of"]
+__all__ = ["StoreEvents", "StoreLoop", "StorePorts", "StoreTiming"]
 
 _AT_ONCE: Final = 0.0
 _GATHER_FOR: Final = 0.02
 """Seconds for which what verifiers say is gathered, so that a storm of them is a few transactions."""
+_GATHER_LONGER_FOR: Final = 0.25
+"""The same for what verifiers say of a revocation, which all of them do: no rotation waits for it."""
 _BATCH: Final = 500
 """Changes of sessions in one transaction, about."""
 _ASK_WITHIN: Final = 3.0
@@ -112,6 +114,8 @@ class StoreLoop:
         self._asked: list[Future[bool]] = []
         self._claims: list[LogPosition] = []
         self._stopping = False
+        self._told = False
+        """Whether the store says that something has changed since the last look for a newer keyring."""
         self._looked_at = float("-inf")
         self._renewed_at = float("-inf")
         self._renewed_generation = -1
@@ -147,11 +151,13 @@ class StoreLoop:
         """Return the replicas as of the last renewal of our lease, None before the first."""
         return self._seen
 
-    def report(self, change: SessionChange, told: Callable[[SessionOutcome], None] | None = None) -> None:
-        """Write a change of a session soon. `told` hears the outcome, in a thread of the loop."""
+    def report(
+        self, change: SessionChange, told: Callable[[SessionOutcome], None] | None = None, *, soon: bool = True
+    ) -> None:
+        """Write a change of a session (see `session_changes.Report`)."""
         self._said.add(Said(change, self._clock.mono(), told))
         with self._due:
-            self._bring_forward(self._writing, _GATHER_FOR)
+            self._bring_forward(self._writing, _GATHER_FOR if soon else _GATHER_LONGER_FOR)
 
     def append(self, entries: Sequence[NewRevocation]) -> Future[Appended]:
         """Make `entries` durable, and put them in force here. The future may raise `StoreUnavailableError`."""
@@ -190,8 +196,9 @@ class StoreLoop:
             return False
 
     def wake(self, within: float = _AT_ONCE) -> None:
-        """Do a round within that many seconds."""
+        """Do a round within that many seconds: something has changed in the store."""
         with self._due:
+            self._told = True
             for turns in (self._reading, self._writing):
                 self._bring_forward(turns, within)
 
@@ -348,12 +355,18 @@ class StoreLoop:
         self.wake()
 
     def _look_for_a_newer_keyring(self, mono: float) -> None:
-        """Look now, or soon where that was done just now: a key that was revoked must not wait for the poll."""
+        """Look now, or soon where that was done just now: a key that was revoked must not wait for the poll.
+
+        What our own verifiers have said is no reason to look.
+        """
+        if not self._told and mono - self._looked_at < self._poll_interval:
+            return
         pause = self._looked_at + _LOOK_AT_MOST_EVERY - mono
         if pause > 0:
             with self._due:
                 self._bring_forward(self._writing, pause)
             return
+        self._told = False  # Before the look: what comes after it is another reason.
         mirrored = self._store.mirror.load()
         # Raised comes before Vault has the document, and mirrored after: each of them is news.
         seen = self._store.rollout.state().generation, 0 if mirrored is None else mirrored.generation
@@ -440,8 +453,3 @@ def _answer(asked: Sequence[Future[bool]], *, well: bool) -> None:
     for future in asked:
         if future.set_running_or_notify_cancel():
             future.set_result(well)
-
-
-def epoch_of(now: datetime) -> int:
-    """Return the number of an epoch that begins at `now`: milliseconds since 1970."""
-    return int((now - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(milliseconds=1))

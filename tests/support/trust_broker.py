@@ -21,6 +21,7 @@ from carnet_broker.rotation import RotationDriver
 from carnet_broker.signing import KeyringHolder, NoSigningKeyError
 from carnet_broker.store_loop import StoreLoop, StorePorts, StoreTiming
 from support.keyrings import ISSUER, SECOND
+from support.rotation import MemoryKept
 from support.trust_parts import (
     HEARTBEAT,
     LEASE,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from support.trust_world import TrustWorld
 
 
-NO_LIMIT: Final[Any] = SimpleNamespace(admit=lambda *_: None)
+NO_LIMIT: Final[Any] = SimpleNamespace(admit=lambda *_, **__: None)
 
 
 class Broker:
@@ -97,6 +98,7 @@ class Broker:
             rollout=linked["rollout"],
             mirror=linked["mirror"],
             replicas=self.loop.replicas_seen,
+            kept=MemoryKept(),
         )
         self.watchers: Watchers = world.events.run_until_complete(self._watchers())
         self.trust = TrustServicer(
@@ -131,7 +133,7 @@ class Broker:
             read_store=read_store,
         )
         rules = WatchRules(replica_id=self.replica_id, heartbeat=HEARTBEAT, max_age=TIMING.max_age)
-        events: Any = SimpleNamespace(streams=lambda _: None, pushed=lambda *_: None, left=lambda _: None)
+        events: Any = SimpleNamespace(streams=lambda _: None, pushed=lambda *_, **__: None, left=lambda _: None)
         return Watchers(known, rules, self.clock, NO_LIMIT, events, report=self.loop.report)
 
     def _read_keyring(self) -> None:
@@ -197,7 +199,7 @@ class Broker:
             stream.task_over = True
             if stream.task is not None:
                 stream.task.cancel()
-        self.watchers._report_change = lambda *_: None
+        self.watchers._report_change = lambda *_, **__: None
         self.world.events.settle()
 
 
@@ -239,4 +241,4 @@ class _RotationHeard:
         self._broker.world.permits.add((permit.generation, permit.kid))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None
+        return lambda *_, **__: None

@@ -19,15 +19,21 @@ Rules
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from carnet.revocations import Revocation, RevocationKind, RevocationSet
 from carnet_broker.ports import LogPosition, NewRevocation, RevocationPage
 
-__all__ = ["as_they_were", "is_behind", "lost_entries", "outrun_entries", "raised"]
+__all__ = ["as_they_were", "epoch_of", "is_behind", "lost_entries", "outrun_entries", "raised"]
 
+_EPOCH_START: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _BY_RV: Final = frozenset({RevocationKind.SUBJECT, RevocationKind.LIFT})
+
+
+def epoch_of(now: datetime) -> int:
+    """Return the epoch that begins at `now`: unix milliseconds."""
+    return (now - _EPOCH_START) // timedelta(milliseconds=1)
 
 
 def is_behind(store: LogPosition, seen: LogPosition) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from carnet.revocations import Position
+from carnet_broker.core.lost_entries import epoch_of
 from carnet_broker.core.policy.model import Policy
 from carnet_broker.core.watching import Standing, claim_is_possible, standing
 from carnet_broker.core.workload import Workload
@@ -15,7 +16,6 @@ from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
 from carnet_broker.ports import Clock, LogPosition
 from carnet_broker.revocation_view import RevocationHolder, RevocationView
 from carnet_broker.signing import KeyringHolder, KeyringView
-from carnet_broker.store_loop import epoch_of
 
 __all__ = ["TrustKnowledge", "invalid"]
 

@@ -37,8 +37,9 @@ from carnet_broker.edges.grpc.trust_messages import (
 )
 from carnet_broker.edges.grpc.watch_requests import hello_in, parsed
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
-from carnet_broker.ports import Acknowledged, Clock, Joined, Left, LogPosition, SessionChange, SessionOutcome
+from carnet_broker.ports import Acknowledged, Clock, Joined, Left, LogPosition, SessionOutcome
 from carnet_broker.revocation_view import RevocationView
+from carnet_broker.session_changes import Report
 from carnet_broker.signing import KeyringView
 
 __all__ = ["UNANSWERED", "StreamEvents", "WatchRules", "Watchers"]
@@ -78,7 +79,6 @@ class WatchRules:
     """Of a key set, for verifiers that poll."""
 
 
-Report = Callable[[SessionChange, Callable[[SessionOutcome], None] | None], None]
 
 
 @dataclass(eq=False)
@@ -138,7 +138,7 @@ class Watchers:
         *,
         report: Report,
     ) -> None:
-        """Wire the parts. `report` takes changes of sessions, and tells in any thread what became of them."""
+        """Wire the parts."""
         self.known = known
         self._rules = rules
         self._clock = clock
@@ -271,7 +271,8 @@ class Watchers:
                     position.revocation_version,
                     timedelta(0),
                 )
-                self._report_change(change, None)
+                loaded_keys = before is None or before.generation != position.generation
+                self._report_change(change, soon=loaded_keys)
         elif not stream.joining and keys is not None and position.generation >= keys.keyring.generation:
             stream.joining = True
             now = self._clock.now()
@@ -316,7 +317,7 @@ class Watchers:
         if stream.joined or stream.joining:
             stream.joined = stream.live = False
             self._events.left("goodbye" if stream.said_goodbye else "silent")
-            self._report_change(Left(stream.identity, stream.hello.instance_id, stream.id), None)
+            self._report_change(Left(stream.identity, stream.hello.instance_id, stream.id))
 
     def _forget(self, stream: _Stream) -> None:
         """Let go of a stream that has ended; its session lives on until the verifier could accept nothing any more."""

@@ -6,7 +6,7 @@ may use its tables: a migration that only adds leaves `COMPATIBLE_FROM` as it is
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -16,22 +16,17 @@ from sqlalchemy import Connection, Table, insert, inspect, select, update
 
 from carnet.errors import ConfigError
 from carnet.revocations import GENESIS_DIGEST
+from carnet_broker.core.lost_entries import epoch_of
 from carnet_broker.edges.store.tables import ONLY_ROW, revocation_log, rollout, schema_state, signal
 
-__all__ = ["COMPATIBLE_FROM", "SCHEMA_VERSION", "epoch_of", "migrate"]
+__all__ = ["COMPATIBLE_FROM", "SCHEMA_VERSION", "migrate"]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Of the tables that this software makes: the number of its last migration."""
 COMPATIBLE_FROM: Final = 1
 """The oldest `SCHEMA_VERSION` whose software may use these tables."""
 
 _MIGRATIONS: Final = Path(__file__).with_name("migrations")
-_EPOCH_START: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def epoch_of(now: datetime) -> int:
-    """Return the epoch that begins at `now`: unix milliseconds."""
-    return (now - _EPOCH_START) // timedelta(milliseconds=1)
 
 
 def migrate(connection: Connection, now: datetime) -> None:

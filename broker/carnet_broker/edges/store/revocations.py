@@ -10,10 +10,9 @@ from sqlalchemy import Row, insert, select, update
 
 from carnet.errors import InvalidRevocationError
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, check_entry
-from carnet_broker.core.lost_entries import outrun_entries, raised
+from carnet_broker.core.lost_entries import epoch_of, outrun_entries, raised
 from carnet_broker.edges.store.database import UNAVAILABLE, Database, Transaction, nonsense
 from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
-from carnet_broker.edges.store.migrate import epoch_of
 from carnet_broker.edges.store.rollout import note_restoration
 from carnet_broker.edges.store.tables import ONLY_ROW, revocation_log, revocations
 from carnet_broker.ports import Appended, LogPosition, NewRevocation, RevocationPage, StoreUnavailableError

@@ -117,7 +117,7 @@ def _acknowledge(transaction: Transaction, change: Acknowledged, row: Row[*tuple
     values = _news(change, row._asdict(), transaction.now(), required)
     if values:
         transaction.connection.execute(update(verifier_sessions).where(_is(change)).values(**values))
-        transaction.changed = True
+        transaction.changed = transaction.changed or _is_waited_for(values)
 
 
 def _acknowledge_all(
@@ -129,6 +129,7 @@ def _acknowledge_all(
     rows = {(row.spiffe_id, row.instance_id): row._asdict() for row in transaction.connection.execute(query)}
     now = transaction.now()
     outcomes = []
+    waited_for = False
     news: dict[tuple[str, str], dict[str, Any]] = {}
     for change in changes:
         row = rows.get(_key(change))
@@ -140,6 +141,7 @@ def _acknowledge_all(
         if values:
             row.update(values)
             news[_key(change)] = row
+            waited_for = waited_for or _is_waited_for(values)
     if news:
         transaction.connection.execute(
             update(verifier_sessions)
@@ -157,7 +159,7 @@ def _acknowledge_all(
                 for key, row in news.items()
             ],
         )
-        transaction.changed = True
+        transaction.changed = waited_for
     return tuple(outcomes)
 
 
@@ -172,6 +174,15 @@ def _news(change: Acknowledged, row: Mapping[str, Any], now: datetime, required:
     if row["lagging"] and max(change.generation, row["generation"]) >= required:
         values["lagging"] = False
     return values
+
+
+def _is_waited_for(values: Mapping[str, Any]) -> bool:
+    """Say whether another replica is to look at once: a rotation may go on.
+
+    All verifiers acknowledge each revocation, and nobody waits for that but those who ask how far it has spread. Were
+    everybody told, each replica would read the store once for each of them, while the next revocation waits its turn.
+    """
+    return bool(values.keys() - {"revocation_version", "revocation_at"})
 
 
 def _key(change: SessionChange) -> tuple[str, str]:
