@@ -46,7 +46,7 @@ from carnet_broker.edges.vault import (
     VaultSession,
 )
 from carnet_broker.file_modes import check_audit_directory, mode_warnings
-from carnet_broker.first_keyring import first_round
+from carnet_broker.first_keyring import first_round, keyring_file
 from carnet_broker.group_commit import GroupCommit
 from carnet_broker.issuance import CHECK_EVERY, Issuer
 from carnet_broker.keyring_loop import KeyringLoop
@@ -138,6 +138,7 @@ class Broker:
                 rollout=self._shared.store.rollout,
                 mirror=self._shared.store.mirror,
                 replicas=self._shared.loop.replicas_seen,
+                kept=keyring_file(config, failed=self.telemetry.keyring_not_kept),
             ),
             self._clock,
             self.telemetry,

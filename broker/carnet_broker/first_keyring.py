@@ -9,11 +9,17 @@ from carnet.errors import CarnetError, ConfigError
 from carnet_broker.config import BrokerConfig, VaultConfig
 from carnet_broker.core.keyring import KeyringRegressionError
 from carnet_broker.edges.vault import VaultForbiddenError, VaultLoginError, VaultNotTrustedError
+from carnet_broker.kept_keyring import KeyringFile
 from carnet_broker.keyring_loop import KeyringLoop
 from carnet_broker.ports import Clock, KeyStoreUnavailableError
 from carnet_broker.telemetry import Telemetry
 
-__all__ = ["first_round"]
+__all__ = ["first_round", "keyring_file"]
+
+
+def keyring_file(config: BrokerConfig, *, failed: Callable[[OSError], None]) -> KeyringFile:
+    """Return the file in which the keyring is kept for the next start; `failed` is told of writes that fail."""
+    return KeyringFile(config.audit.directory, issuer=config.issuer, store_name=config.keys.store, failed=failed)
 
 
 async def first_round(
@@ -22,9 +28,9 @@ async def first_round(
     """Load the keyring before anything is served. Raises `ConfigError` if Vault cannot be used.
 
     A Vault that does not answer may be starting too, so it is asked again for a while. After that a broker that has the
-    keyring from the shared store (`is_loaded`) serves verifiers without Vault, and issues nothing. So does, at once,
-    one that meets a Vault which was restored from a backup: the store knows a later keyring. A Vault that refuses this
-    broker goes on refusing it.
+    keyring from the shared store (`is_loaded`), because the one that it kept vouches for that, serves verifiers without
+    Vault, and issues nothing. So does, at once, one that meets a Vault which was restored from a backup: the store
+    knows a later keyring. A Vault that refuses this broker goes on refusing it.
     """
     vault = config.vault
     deadline = clock.mono() + vault.start_within.total_seconds()

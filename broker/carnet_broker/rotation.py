@@ -9,9 +9,10 @@ What cannot be done now does not hold up what can: a letter box that cannot be r
 or destroyed, a shared store that does not answer. A key that was revoked stops being served whatever else is amiss.
 What failed is raised at the end.
 
-The shared store has a mirror of the document. A document in Vault that is older than the mirror is not believed. While
-there is none that can be believed, this replica lives on the mirror: it serves the keys that are there, and signs while
-the store confirms its ACTIVE key and it has that key in memory.
+The shared store has a mirror of the document, signed with the keys themselves (`core.mirror`). A document in Vault that
+is older than the mirror is not believed. While there is none that can be believed, this replica lives on the mirror: it
+serves the keys that are there, and signs while the store confirms its ACTIVE key and it has that key in memory. A
+mirror that it cannot check changes nothing.
 
 Each step takes its own look at the clock. A round with a slow Vault lasts long; a key that went into the document with
 the time of the round's beginning would sign before every verifier has it, or be removed before its last token is over.
@@ -20,9 +21,9 @@ the time of the round's beginning would sign before every verifier has it, or be
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Final, Protocol
+from typing import Final
 
 from carnet_broker.core.keyring import (
     ActivateKey,
@@ -44,11 +45,13 @@ from carnet_broker.core.keyring import (
     plan,
 )
 from carnet_broker.core.keyring_document import InvalidKeyringError, keyring_of_content, keyring_to_content
+from carnet_broker.core.mirror import MirrorCopy, MirrorNotBelievedError, may_vouch
 from carnet_broker.core.requests import RequestKind, RequestStatus, RotationRequest, judge, wish_of
-from carnet_broker.core.rollout import Permit, VerifierSession
+from carnet_broker.core.rollout import VerifierSession
 from carnet_broker.ports import (
     Clock,
     DocumentConflictError,
+    KeptKeyring,
     KeyLostError,
     KeyringDocument,
     KeyringMirror,
@@ -61,6 +64,7 @@ from carnet_broker.ports import (
     StoredKey,
     StoreUnavailableError,
 )
+from carnet_broker.rotation_events import RotationEvents, RotationProgress
 from carnet_broker.shared_rollout import SharedRollout
 from carnet_broker.signing import KeyringHolder, KeyringView
 
@@ -71,41 +75,6 @@ _MAX_STEPS: Final = 16
 _KEEP_ANSWERED: Final = timedelta(days=7)
 _SWEEP_EVERY: Final = timedelta(hours=1)
 _ANSWERS_KEPT: Final = 100
-
-
-class RotationEvents(Protocol):
-    """Who wants to hear what the driver does: logs and metrics."""
-
-    def step_taken(self, step: Step, keyring: Keyring) -> None:
-        """Tell that `step` was written, and `keyring` is the result."""
-
-    def adopted(self, keyring: Keyring) -> None:
-        """Tell that `keyring` is in force here."""
-
-    def key_lost(self, kid: str, error: KeyLostError) -> None:
-        """Tell that the private key of `kid` cannot be used any more; once for each finding, not at each look."""
-
-    def permitted(self, permit: Permit, left_behind: Sequence[VerifierSession]) -> None:
-        """Tell that a key may become the signer, and which live verifiers had not acknowledged it at its deadline."""
-
-    def waits(self, progress: RotationProgress) -> None:
-        """Tell what the keyring waits for; at the end of each round."""
-
-    def regressed(self, error: KeyringRegressionError) -> None:
-        """Tell that a keyring was refused that is older than what was in force, or forgets a revocation: an alarm."""
-
-
-@dataclass(frozen=True, slots=True)
-class RotationProgress:
-    """How the last round left the keyring."""
-
-    keyring: Keyring
-    wait: Wait | None
-    """What it waits for; None where the round ended with steps to be taken."""
-    gate: Gate | None
-    """What the shared store said of the STANDBY key, None where it did not answer."""
-    laggards: tuple[VerifierSession, ...] = ()
-    """The live verifiers that had not acknowledged the STANDBY key, when its rotation was due and they were asked."""
 
 
 class RotationDriver:
@@ -125,11 +94,13 @@ class RotationDriver:
         rollout: Rollout,
         mirror: KeyringMirror,
         replicas: Callable[[], ReplicasSeen | None],
+        kept: KeptKeyring,
     ) -> None:
         """`replicas` returns what the store last said of the brokers. None, or what is older than a lease, holds up
         every rotation but those of breakglass.
         """
         self._document = document
+        self._kept = kept
         self._store = store
         self._requests = requests
         self._holder = holder
@@ -244,35 +215,72 @@ class RotationDriver:
         """Read the document, and put it in force where it is new."""
         now, mono = clock.now(), clock.mono()  # Before the reading: what is read is as new as that, or newer.
         # The mirror first: what it has was in Vault before.
-        mirrored = self._shared.mirrored()
+        found = self._shared.found()
+        mirrored: Keyring | None = None
+        trusted = self.keyring
         try:
-            keyring = self._read(mirrored)
+            trusted = keyring = self._read()
+            mirrored = self._believed(found, trusted, or_fail=self.keyring is None)
+            if mirrored is not None:
+                check_succession(mirrored, keyring)
         except (KeyStoreUnavailableError, InvalidKeyringError, KeyringRegressionError) as error:
             if isinstance(error, KeyringRegressionError):
                 self._events.regressed(error)
+            kept = self._last(now) if trusted is None else None
+            if mirrored is None:
+                mirrored = self._believed(found, trusted or kept)
             if mirrored is not None:
                 vault_is_silent = isinstance(error, KeyStoreUnavailableError)
                 if vault_is_silent or not self._brings_keys(mirrored):
-                    self._live_on(mirrored, now, mono)
+                    self._live_on(mirrored, kept, now, mono)
+            elif found is not None:
+                self._holder.doubt()
             raise
         if keyring.generation > 0:
             self._adopt(keyring, now, mono)
             if mirrored is not None:
-                self._shared.save(keyring)
+                self._save(keyring)
         self._destroy_unplaced(keyring)
         return keyring
 
-    def _read(self, mirrored: Keyring | None) -> Keyring:
-        """Return the keyring in Vault, if it may follow the one in force and the one in the mirror."""
+    def _last(self, now: datetime) -> Keyring | None:
+        """Return what was in force here before the last start, if that may vouch for a mirror."""
+        kept = self._kept.load()
+        return kept if kept is not None and may_vouch(kept, now) else None
+
+    def _believed(self, found: MirrorCopy | None, trusted: Keyring | None, *, or_fail: bool = False) -> Keyring | None:
+        """Return what may be believed of the mirror; None where it cannot be told, or claims to be later unvouched for.
+
+        `or_fail`: raise `MirrorNotBelievedError` for the latter. For a replica that has just started: the document in
+        Vault is all that it knows, and the mirror may be right that Vault was restored.
+        """
+        if found is None:
+            return None
+        try:
+            return self._shared.believed(found, trusted)
+        except MirrorNotBelievedError as error:
+            if trusted is None:
+                return None
+            self._events.mirror_refused(error)
+            if or_fail:
+                raise
+            return None
+
+    def _save(self, keyring: Keyring) -> bool:
+        """Bring the mirror up to `keyring`, signed with its ACTIVE key or else its STANDBY; say whether it is."""
+        signers = (self._signers.get(key.kid) for key in (keyring.active, keyring.standby) if key is not None)
+        return self._shared.save(keyring, [signer for signer in signers if signer is not None])
+
+    def _read(self) -> Keyring:
+        """Return the keyring in Vault, if it may follow the one in force."""
         document = self._document.load()
         if document is None:
             keyring, self._version = Keyring(issuer=self._issuer), 0
         else:
             keyring = keyring_of_content(document.content, issuer=self._issuer, store=self._store_name)
             self._version = document.version
-        for before in (self._holder.view.keyring if self._holder.view is not None else None, mirrored):
-            if before is not None:
-                check_succession(before, keyring)
+        if self._holder.view is not None:
+            check_succession(self._holder.view.keyring, keyring)
         return keyring
 
     def _brings_keys(self, mirrored: Keyring) -> bool:
@@ -284,24 +292,26 @@ class RotationDriver:
         view = self._holder.view
         return view is not None and any(view.keyring.get(key.kid) is None for key in mirrored.published)
 
-    def _live_on(self, mirrored: Keyring, now: datetime, mono: float) -> None:
+    def _live_on(self, mirrored: Keyring, kept: Keyring | None, now: datetime, mono: float) -> None:
         """Make do with the mirror: adopt a later keyring, public part only, and take the store's word for the signer.
 
-        Signed with are only keys that are in memory already.
+        Signed with are only keys that are in memory already. `kept` was in force before the start of a replica that
+        has read nothing yet.
         """
         view = self._holder.view
         if view is None or view.keyring.generation < mirrored.generation:
             if mirrored.generation == 0:
                 return
+            before = kept if view is None else view.keyring
             try:
-                if view is not None:
-                    check_succession(view.keyring, mirrored)
+                if before is not None:
+                    check_succession(before, mirrored)
             except KeyringRegressionError as error:
                 self._events.regressed(error)
                 return
             self._put_in_force(mirrored, now, mono)
         elif view.keyring.generation > mirrored.generation:
-            if not self._shared.save(view.keyring):
+            if not self._save(view.keyring):
                 return
         elif view.keyring != mirrored:
             return
@@ -338,7 +348,7 @@ class RotationDriver:
 
     def _put_in_force(self, keyring: Keyring, now: datetime, mono: float) -> None:
         """Serve `keyring`, and sign with its ACTIVE key where that is in memory."""
-        active = keyring.active
+        view, active = self._holder.view, keyring.active
         self._holder.adopt(
             KeyringView(
                 keyring=keyring,
@@ -349,6 +359,8 @@ class RotationDriver:
                 confirmed_mono=mono,
             )
         )
+        if view is None or view.keyring != keyring:
+            self._kept.keep(keyring)
         self._events.adopted(keyring)
 
     def _prove(self, record: KeyRecord) -> None:
@@ -383,7 +395,7 @@ class RotationDriver:
         self._unplaced = [key for key in self._unplaced if changed.get(key.jwk.kid) is None]
         self._events.step_taken(step, changed)
         self._adopt(changed, now, mono)
-        self._shared.save(changed)
+        self._save(changed)
         return changed
 
     def _changed(self, step: Step, keyring: Keyring, pending: Sequence[RotationRequest], clock: Clock) -> Keyring:

@@ -3,21 +3,32 @@
 The store may be down, and it may hang. When one call to it has failed, the round asks it nothing more: what needs it
 waits for the next round, and what does not need it is held up by one timeout at most. The failure is kept as `trouble`.
 
+The mirror is signed, and read with the mistrust of `core.mirror`: more can write to the store than may bring keys.
+
 The mirror is never behind what `raise_to` builds on. So whoever has the generation of the mirror, and sees no permit
 for a later key, knows which key signs, as far as the store can tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TypeVar
 
 from carnet_broker.core.keyring import Gate, Keyring, KeyState
 from carnet_broker.core.keyring_document import InvalidKeyringError, keyring_of_content, keyring_to_content
+from carnet_broker.core.mirror import MirrorCopy, MirrorNotBelievedError, MirrorSignature, mirror_signing_input
 from carnet_broker.core.rollout import Permit, RolloutState, VerifierSession, served_since
-from carnet_broker.ports import KeyringMirror, ReplicasSeen, Rollout, StoreUnavailableError, WaitingFor
+from carnet_broker.ports import (
+    KeyringMirror,
+    KeyStoreUnavailableError,
+    ReplicasSeen,
+    Rollout,
+    Signer,
+    StoreUnavailableError,
+    WaitingFor,
+)
 
 __all__ = ["SharedRollout"]
 
@@ -43,7 +54,7 @@ class SharedRollout:
         self._issuer = issuer
         self._store_name = store_name
         self._mirrored = 0
-        """The generation of the mirror, as far as this round knows."""
+        """The generation of the mirror, as far as this round knows; 0 where the mirror is not one to believe."""
         self._raised = RolloutState(generation=0, kid="", raised_at=None, permit=None)
         self._first_served: dict[str, datetime] = {}
         self.trouble: StoreUnavailableError | None = None
@@ -56,31 +67,68 @@ class SharedRollout:
 
     # -- the mirror ------------------------------------------------------------------------------------------------
 
-    def mirrored(self) -> Keyring | None:
-        """Return the keyring in the mirror, generation 0 where there is none yet; None where that cannot be told."""
+    def found(self) -> MirrorCopy | None:
+        """Return what is in the mirror, generation 0 where there is nothing yet; None where that cannot be told."""
         try:
             found = self._ask(self._mirror.load)
             if found is None:
-                return Keyring(issuer=self._issuer)
+                return MirrorCopy(Keyring(issuer=self._issuer), 0, {}, None)
             keyring = keyring_of_content(found.content, issuer=self._issuer, store=self._store_name)
         except StoreUnavailableError:
             return None
         except InvalidKeyringError as error:
             self.trouble = StoreUnavailableError(f"the keyring in the shared store is not one of this broker: {error}")
             return None
-        self._mirrored = keyring.generation
-        return keyring
+        return MirrorCopy(keyring, found.generation, found.content, found.signature)
 
-    def save(self, keyring: Keyring) -> bool:
-        """Bring the mirror up to `keyring`; say whether it is."""
+    def believed(self, found: MirrorCopy, anchor: Keyring | None) -> Keyring:
+        """Return the keyring of `found` where `anchor`, which is trusted, vouches for it; generation 0 where it is
+        empty, or not to be believed and no later than `anchor`. Raises `MirrorNotBelievedError` where it is later.
+        """
+        nothing = Keyring(issuer=self._issuer)
+        if found.generation == found.keyring.generation == 0:
+            return nothing
+        try:
+            found.check(anchor)
+        except MirrorNotBelievedError as error:
+            if not found.is_later_than(anchor):
+                return nothing
+            self.trouble = StoreUnavailableError(str(error))
+            raise
+        self._mirrored = found.keyring.generation
+        return found.keyring
+
+    def save(self, keyring: Keyring, signers: Sequence[Signer]) -> bool:
+        """Bring the mirror up to `keyring`, signed with the first of `signers` that can; say whether it is.
+
+        Without signers it is saved unsigned: nobody believes it, but whoever is without Vault learns that there is a
+        later one. Where there are signers and none can sign now, it is not saved.
+        """
         if self._mirrored < keyring.generation:
             content = keyring_to_content(keyring, store=self._store_name)
+            signing_input = mirror_signing_input(content, issuer=keyring.issuer, generation=keyring.generation)
             try:
-                self._ask(lambda: self._mirror.save(keyring.generation, content))
+                signature = self._signed(signing_input, signers)
+                self._ask(lambda: self._mirror.save(keyring.generation, content, signature))
             except StoreUnavailableError:
                 return False
             self._mirrored = keyring.generation
         return True
+
+    def _signed(self, signing_input: bytes, signers: Sequence[Signer]) -> MirrorSignature | None:
+        """Return a signature of one of `signers`. Raises `StoreUnavailableError` where none can sign now."""
+        if self.trouble is not None:
+            raise self.trouble
+        failure: KeyStoreUnavailableError | None = None
+        for signer in signers:
+            try:
+                return MirrorSignature(signer.kid, signer.sign(signing_input))
+            except KeyStoreUnavailableError as error:
+                failure = error
+        if failure is None:
+            return None
+        self.trouble = StoreUnavailableError(f"the keyring for the shared store could not be signed: {failure}")
+        raise self.trouble from failure
 
     # -- the gate --------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from carnet.errors import CarnetError
 from carnet.log_lines import LineLimit
 from carnet_broker.core.keyring import Keyring, KeyringRegressionError, Step
+from carnet_broker.core.mirror import MirrorNotBelievedError
 from carnet_broker.core.requests import NAMED_LAGGARDS
 from carnet_broker.core.rollout import Permit, VerifierSession
 from carnet_broker.core.workload import UnauthenticatedError, Workload
@@ -111,6 +112,11 @@ class Telemetry:
         self.regressions = Counter(
             "carnet_keyring_regressions_total",
             "Readings of a keyring that was refused, because Vault was restored or the document was rolled back.",
+            registry=registry,
+        )
+        self.mirrors_refused = Counter(
+            "carnet_mirrors_refused_total",
+            "Readings of a keyring in the shared store that claims to be later, and is not signed by a trusted key.",
             registry=registry,
         )
         self.without_store = Gauge(
@@ -217,6 +223,15 @@ class Telemetry:
         """Count a keyring that was refused; the round that found it fails, and is logged as such."""
         del error
         self.regressions.inc()
+
+    def mirror_refused(self, error: MirrorNotBelievedError) -> None:
+        """Count a mirror that nobody vouches for, and say why."""
+        self.mirrors_refused.inc()
+        self.log.error("mirror_refused", problem=str(error))
+
+    def keyring_not_kept(self, error: OSError) -> None:
+        """Say that this broker may not be able to start without Vault."""
+        self.log.warning("keyring_not_kept", file=error.filename, problem=error.strerror)
 
     # -- Vault (keyring_loop.VaultEvents) --------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import pytest
 from carnet.errors import InvalidRevocationError
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, next_digest
 from carnet_broker.core.lost_entries import is_behind
+from carnet_broker.core.mirror import MirrorSignature
 from carnet_broker.core.rollout import Permit, live_sessions, served_since
 from carnet_broker.ports import (
     Acknowledged,
@@ -584,15 +585,29 @@ def test_mirror_never_goes_back(place: StorePlace):
     store, other = place.open(), place.open()
     assert store.mirror.load() is None
     content: dict[str, Any] = {"keys": [{"a": [1, None, True]}], "text": "\u00e9\n\"'"}
-    store.mirror.save(4, content)
-    other.mirror.save(3, {"older": True})
+    first, second = MirrorSignature("one", bytes(range(64))), MirrorSignature("two", b"\xff" * 64)
+    store.mirror.save(4, content, first)
+    other.mirror.save(3, {"older": True}, second)
     mirrored = other.mirror.load()
     assert mirrored is not None
-    assert (4, content) == (mirrored.generation, mirrored.content)
+    assert (4, content, first) == (mirrored.generation, mirrored.content, mirrored.signature)
     assert mirrored.saved_at <= mirrored.read_at
-    store.mirror.save(4, content)
-    store.mirror.save(4, {"the same": "generation"})
-    other.mirror.save(5, {"later": True})
+    store.mirror.save(4, content, first)
+    again = other.mirror.load()
+    assert again is not None
+    assert mirrored.saved_at == again.saved_at
+    store.mirror.save(4, {"the same": "generation"}, first)
+    other.mirror.save(5, {"later": True}, None)
     mirrored = store.mirror.load()
     assert mirrored is not None
-    assert (5, {"later": True}) == (mirrored.generation, mirrored.content)
+    assert (5, {"later": True}, None) == (mirrored.generation, mirrored.content, mirrored.signature)
+
+
+def test_mirror_of_the_same_generation_and_text_can_be_signed_anew(place: StorePlace):
+    """What was written unsigned, or by whom nobody believes, is put right."""
+    store = place.open()
+    for signature in (None, MirrorSignature("one", bytes(64)), MirrorSignature("two", b"\x01" * 64)):
+        store.mirror.save(4, {"same": "text"}, signature)
+        mirrored = place.open().mirror.load()
+        assert mirrored is not None
+        assert signature == mirrored.signature

@@ -288,7 +288,7 @@ def test_change_wakes_those_that_wait(place: StorePlace):
         lambda: writer.revocations.append([revoked(place)]),
         lambda: writer.rollout.raise_to(2, "k2"),
         lambda: writer.sessions.write([joined(generation=2)]),
-        lambda: writer.mirror.save(2, {}),
+        lambda: writer.mirror.save(2, {}, None),
         lambda: writer.replicas.renew(report(generation=2)),
         lambda: writer.replicas.leave("broker-1"),
     ]
@@ -302,7 +302,7 @@ def test_change_wakes_those_that_wait(place: StorePlace):
         pass
     writer.replicas.renew(report(generation=2))
     writer.revocations.read(None)
-    writer.mirror.save(2, {})
+    writer.mirror.save(2, {}, None)
     writer.sessions.write([Acknowledged(ALICE, "one", "stream-1", 2, 7, timedelta())])
     assert not waiter.wakeups.wait(timedelta(seconds=0.3))
 
@@ -361,7 +361,7 @@ def test_many_brokers_start_on_an_empty_store_at_once(real: Real):
 @pytest.mark.parametrize("compatible_from", [1, 2])
 def test_software_of_before_runs_beside_the_next_version_only_where_that_one_says_so(real: Real, compatible_from: int):
     """A newer database refuses to start, in one line that says what to do, unless it declares itself compatible."""
-    real.open().mirror.save(1, {})
+    real.open().mirror.save(1, {}, None)
     statement = f"UPDATE schema_state SET version = 2, compatible_from = {compatible_from}"  # noqa: S608 - a number
     store = real.open()
     with store._database.write() as transaction:

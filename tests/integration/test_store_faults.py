@@ -335,12 +335,12 @@ def test_revocation_that_is_not_understood_is_not_left_out(tmp_path: Path, state
     place.close()
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000], ids=range(3))
 def test_mirror_that_is_not_understood_is_unavailable(tmp_path: Path, content: str):
     """It is not taken for an empty keyring."""
     place = SqlitePlace(tmp_path)
     store = place.open()
-    store.mirror.save(1, {})
+    store.mirror.save(1, {}, None)
     with closing(sqlite3.connect(place.file, isolation_level=None)) as other:
         other.execute("UPDATE keyring_mirror SET content = ?", (content,))
     assert "a keyring" in str(fails_in_time(store.mirror.load).__cause__)

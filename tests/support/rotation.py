@@ -16,8 +16,10 @@ from typing import Any, Final, NoReturn, TypeAlias
 
 from carnet_broker.core.keyring import Keyring, KeyringRegressionError, KeyState, Step, Timing, Wait
 from carnet_broker.core.keyring_document import keyring_of_content
+from carnet_broker.core.mirror import MirrorNotBelievedError, MirrorSignature, mirror_signing_input
 from carnet_broker.core.requests import RequestKind, RequestStatus
 from carnet_broker.core.rollout import Permit, VerifierSession
+from carnet_broker.edges.vault.kv_store import KvSigner
 from carnet_broker.ports import KeyLostError, KeyStoreUnavailableError, ReplicasSeen, StoreUnavailableError
 from carnet_broker.rotation import RotationDriver, RotationProgress
 from carnet_broker.signing import KeyringHolder
@@ -31,6 +33,7 @@ __all__ = [
     "Heard",
     "KilledError",
     "ManualClock",
+    "MemoryKept",
     "Replica",
     "Tap",
     "Vault",
@@ -121,6 +124,12 @@ class Vault:
         """The live keys whose private key is not there."""
         return {key.kid for key in self.keyring.live} - set(self.store.keys)
 
+    def mirror_signature(self, kid: str, content: dict[str, Any], generation: int | None = None) -> MirrorSignature:
+        """Sign a mirror of `content` with the private key of `kid`, as a broker would, or a thief."""
+        number = content["generation"] if generation is None else generation
+        signing_input = mirror_signing_input(content, issuer=ISSUER, generation=number)
+        return MirrorSignature(kid, KvSigner(kid, self.store.keys[kid]).sign(signing_input))
+
     def ask(self, kind: RequestKind = RequestKind.ROTATE, kid: str | None = None, *, breakglass: bool = False) -> str:
         """Put a request into the letter box, now."""
         return self.requests.submit(kind, kid, breakglass=breakglass, created_at=self.clock.now())
@@ -150,6 +159,7 @@ class Heard:
     waiting: list[tuple[Wait | None, list[str]]] = field(default_factory=list)
     """What each round ended with, with the instances of the verifiers that it waits for."""
     regressions: int = 0
+    refused_mirrors: list[str] = field(default_factory=list)
 
     def step_taken(self, step: Step, keyring: Keyring) -> None:
         """Keep the name of the step."""
@@ -178,6 +188,10 @@ class Heard:
         del error
         self.regressions += 1
 
+    def mirror_refused(self, error: MirrorNotBelievedError) -> None:
+        """Keep why."""
+        self.refused_mirrors.append(str(error))
+
 
 class _Tapped:
     """A port whose every call goes through a tap."""
@@ -192,6 +206,21 @@ class _Tapped:
         return lambda *args, **more: self._tap()(self._prefix + name, lambda: method(*args, **more))
 
 
+class MemoryKept:
+    """`ports.KeptKeyring` in memory."""
+
+    def __init__(self) -> None:
+        self.keyring: Keyring | None = None
+
+    def keep(self, keyring: Keyring) -> None:
+        """Keep it."""
+        self.keyring = keyring
+
+    def load(self) -> Keyring | None:
+        """Return it."""
+        return self.keyring
+
+
 class Replica:
     """One process: a driver and what it holds. Its lease is renewed whenever the driver looks at the leases."""
 
@@ -203,7 +232,10 @@ class Replica:
         timing: Timing = TIMING,
         issuer: str = ISSUER,
         store_name: str | None = None,
+        kept: MemoryKept | None = None,
     ) -> None:
+        """`kept` is what the process before it left on its disk."""
+        self.kept = kept or MemoryKept()
         self.vault = vault
         self.tap = tap
         self.heard = Heard()
@@ -227,6 +259,7 @@ class Replica:
             rollout=rollout,
             mirror=mirror,
             replicas=self.replicas,
+            kept=self.kept,
         )
 
     @property

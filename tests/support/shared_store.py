@@ -6,6 +6,7 @@ import json
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
+from carnet_broker.core.mirror import MirrorSignature
 from carnet_broker.core.rollout import RolloutState, VerifierSession, live_sessions
 from carnet_broker.ports import Acknowledged, Joined, Left, ReplicaReport, ReplicasSeen
 from support.store_fakes import FakeStoreData
@@ -50,10 +51,13 @@ class SharedStore:
         found = self.mirror.load()
         return 0 if found is None else found.generation
 
-    def put_mirror(self, generation: int, content: dict[str, Any] | None) -> None:
+    def put_mirror(
+        self, generation: int, content: dict[str, Any] | None, signature: MirrorSignature | None = None
+    ) -> None:
         """Put into the mirror what no broker would; None empties it."""
         with self._data.transaction() as tables:
-            tables.mirror = None if content is None else (generation, json.dumps(content), self._clock.now())
+            now = self._clock.now()
+            tables.mirror = None if content is None else (generation, json.dumps(content), signature, now)
 
     # -- replicas --------------------------------------------------------------------------------------------------
 

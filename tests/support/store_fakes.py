@@ -16,7 +16,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind
-from carnet_broker.core.lost_entries import outrun_entries, raised
+from carnet_broker.core.lost_entries import epoch_of, outrun_entries, raised
+from carnet_broker.core.mirror import MirrorSignature
 from carnet_broker.core.rollout import (
     Permit,
     ReplicaLease,
@@ -30,7 +31,6 @@ from carnet_broker.core.rollout import (
 )
 from carnet_broker.edges.store.cleaning import KEPT, SETTLED, SlowClock
 from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
-from carnet_broker.edges.store.migrate import epoch_of
 from carnet_broker.edges.store.replicas import was_forgotten
 from carnet_broker.ports import (
     Acknowledged,
@@ -66,7 +66,7 @@ class _Tables:
     permit: Permit | None = None
     restored_at: datetime | None = None
     replicas: dict[str, ReplicaLease] = field(default_factory=dict)
-    mirror: tuple[int, str, datetime] | None = None
+    mirror: tuple[int, str, MirrorSignature | None, datetime] | None = None
 
 
 class FakeStoreData:
@@ -429,13 +429,13 @@ class FakeMirror:
     def __init__(self, store: FakeStore) -> None:
         self._store = store
 
-    def save(self, generation: int, content: dict[str, Any]) -> None:
+    def save(self, generation: int, content: dict[str, Any], signature: MirrorSignature | None) -> None:
         """Keep `content`, unless a later generation is there."""
         with self._store.data.transaction() as tables:
             text, there = json.dumps(content, sort_keys=True), tables.mirror
-            changed = there is None or (there[0] <= generation and there[:2] != (generation, text))
+            changed = there is None or (there[0] <= generation and there[:3] != (generation, text, signature))
             if changed:
-                tables.mirror = (generation, text, self._store.data.now())
+                tables.mirror = (generation, text, signature, self._store.data.now())
         if changed:
             self._store.changed()
 
@@ -444,9 +444,11 @@ class FakeMirror:
         with self._store.data.transaction() as tables:
             if tables.mirror is None:
                 return None
-            generation, content, saved_at = tables.mirror
+            generation, content, signature, saved_at = tables.mirror
             now = self._store.data.now()
-        return MirroredKeyring(generation=generation, content=json.loads(content), saved_at=saved_at, read_at=now)
+        return MirroredKeyring(
+            generation=generation, content=json.loads(content), saved_at=saved_at, read_at=now, signature=signature
+        )
 
 
 def _after(position: LogPosition, entries: Sequence[Revocation]) -> LogPosition:

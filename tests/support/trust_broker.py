@@ -20,6 +20,7 @@ from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.rotation import RotationDriver
 from carnet_broker.signing import KeyringHolder, NoSigningKeyError
 from carnet_broker.store_loop import StoreLoop, StorePorts, StoreTiming
+from carnet_broker.store_parts import Claim
 from support.keyrings import ISSUER, SECOND
 from support.rotation import MemoryKept
 from support.trust_parts import (
@@ -118,7 +119,7 @@ class Broker:
         async def read_keyring() -> bool:
             return self.tick()
 
-        async def read_store(claim: LogPosition | None) -> bool:
+        async def read_store(claim: Claim | None) -> bool:
             if claim is not None:
                 self.loop._claims.append(claim)
             return self.round()
@@ -214,7 +215,7 @@ class _StoreHeard:
         if not isinstance(error, StoreUnavailableError):
             raise error
 
-    def store_restored(self, seen: LogPosition, found: LogPosition) -> None:
+    def store_restored(self, claim: Claim, found: LogPosition) -> None:
         self._broker.restored += 1
 
     def revocations_read(self, position: LogPosition, count: int) -> None:

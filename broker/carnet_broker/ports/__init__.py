@@ -10,6 +10,7 @@ from carnet_broker.ports.audit import AuditSink, AuditUnavailableError
 from carnet_broker.ports.clock import Clock
 from carnet_broker.ports.keys import (
     DocumentConflictError,
+    KeptKeyring,
     KeyLostError,
     KeyringDocument,
     KeyStore,
@@ -54,6 +55,7 @@ __all__ = [
     "Clock",
     "DocumentConflictError",
     "Joined",
+    "KeptKeyring",
     "KeyLostError",
     "KeyStore",
     "KeyStoreUnavailableError",

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 from carnet.errors import CarnetError
 from carnet.jwk import PublicJWK
+from carnet_broker.core.keyring import Keyring
 from carnet_broker.core.requests import RequestKind, RequestResult, RequestStatus, RotationRequest
 
 __all__ = [
     "DocumentConflictError",
+    "KeptKeyring",
     "KeyLostError",
     "KeyStore",
     "KeyStoreUnavailableError",
@@ -103,6 +105,16 @@ class KeyringDocument(Protocol):
         Raises `DocumentConflictError` or `KeyStoreUnavailableError`. After `KeyStoreUnavailableError` it is not known
         whether the write happened: load again.
         """
+
+
+class KeptKeyring(Protocol):
+    """The keyring that was in force here last, kept for the next start of this broker."""
+
+    def keep(self, keyring: Keyring) -> None:
+        """Keep `keyring` in place of what is there. Never raises."""
+
+    def load(self) -> Keyring | None:
+        """Return what was kept, None where nothing is there that can be relied on. Never raises."""
 
 
 class RotationRequests(Protocol):

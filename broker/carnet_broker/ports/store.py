@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from carnet.errors import CarnetError
 from carnet.revocations import Revocation, RevocationKind
+from carnet_broker.core.mirror import MirrorSignature
 from carnet_broker.core.rollout import Permit, ReplicaLease, RolloutState, VerifierSession
 
 __all__ = [
@@ -242,13 +243,15 @@ class MirroredKeyring:
     content: dict[str, Any]
     saved_at: datetime
     read_at: datetime
+    signature: MirrorSignature | None = None
+    """None where it was not signed. Not checked: the store has no keys."""
 
 
 class KeyringMirror(Protocol):
     """The public keyring document, for brokers that cannot reach Vault."""
 
-    def save(self, generation: int, content: dict[str, Any]) -> None:
-        """Keep `content`, unless a later generation is there."""
+    def save(self, generation: int, content: dict[str, Any], signature: MirrorSignature | None) -> None:
+        """Keep `content` with its `signature`, in place of what is there, unless a later generation is there."""
 
     def load(self) -> MirroredKeyring | None:
         """Return what was saved last, None where nothing was."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from carnet.jwk import KeySet
-from carnet_broker.core.keyring import KeyringRegressionError, KeyState
+from carnet_broker.core.keyring import Keyring, KeyringRegressionError, KeyState
+from carnet_broker.core.mirror import MirrorNotBelievedError
 from carnet_broker.core.requests import RequestKind
 from carnet_broker.core.rollout import Permit
 from carnet_broker.ports import KeyStoreUnavailableError, StoreUnavailableError
 from carnet_broker.signing import NoSigningKeyError
 from support.keyrings import SECOND, TIMING, jwk
-from support.rotation import ManualClock, Replica, Vault, go_wrong
+from support.rotation import ManualClock, MemoryKept, Replica, Vault, go_wrong
 
 ACTIVE, STANDBY, RETIRED, REVOKED = KeyState.ACTIVE, KeyState.STANDBY, KeyState.RETIRED, KeyState.REVOKED
 ISLAND = TIMING.island
@@ -66,6 +68,13 @@ def published(replica: Replica) -> set[str]:
     return set(KeySet.parse(replica.holder.view.jwks).keys)
 
 
+def kept_by(keyring: Keyring) -> MemoryKept:
+    """Return what a replica with `keyring` has left on its disk."""
+    kept = MemoryKept()
+    kept.keep(keyring)
+    return kept
+
+
 def rotate_now(vault: Vault, replica: Replica) -> None:
     """Rotate as breakglass does."""
     vault.ask(RequestKind.ROTATE_NOW, breakglass=True)
@@ -76,8 +85,13 @@ def rotate_now(vault: Vault, replica: Replica) -> None:
 
 
 def test_a_replica_that_starts_without_vault_serves_trust_and_signs_nothing(vault, replica):
-    """It has the public part from the mirror and no private key; it signs when Vault is there."""
-    fresh = Replica(vault)
+    """It has the public part from the mirror and no private key; it signs when Vault is there. What it kept when it ran
+    before vouches for the mirror, which has gone on meanwhile.
+    """
+    kept = replica.kept.keyring
+    rotate_now(vault, replica)
+    assert kept.generation < vault.keyring.generation
+    fresh = Replica(vault, kept=kept_by(kept))
     cut_off(fresh)
     assert (vault.keyring, replica.holder.view.jwks) == (fresh.holder.view.keyring, fresh.holder.view.jwks)
     with pytest.raises(NoSigningKeyError, match="is not loaded here"):
@@ -86,6 +100,46 @@ def test_a_replica_that_starts_without_vault_serves_trust_and_signs_nothing(vaul
     fresh.tap = with_both
     fresh.tick()
     assert replica.signs_with() == fresh.signs_with()
+
+
+@pytest.mark.parametrize("late", [timedelta(0), timedelta(microseconds=1)], ids=["in time", "too late"])
+def test_what_was_kept_vouches_until_its_key_was_to_be_replaced(vault, replica, late):
+    """By then there is a later keyring, and who knows what was revoked since."""
+    fresh = Replica(vault, kept=kept_by(vault.keyring))
+    vault.clock.pass_time(vault.keyring.active.sign_until - vault.clock.now() - timedelta(microseconds=1) + late)
+    cut_off(fresh)
+    assert (late == timedelta(0)) == (fresh.holder.view is not None)
+
+
+def test_a_replica_that_starts_without_vault_and_kept_nothing_serves_nothing(vault, replica):
+    """Whoever can write to the store could have made the mirror. That is no alarm: nothing is amiss with the mirror."""
+    fresh = Replica(vault)
+    cut_off(fresh)
+    assert (None, []) == (fresh.holder.view, fresh.heard.refused_mirrors)
+    fresh.tap = with_both
+    fresh.tick()
+    assert replica.signs_with() == fresh.signs_with()
+
+
+def test_what_was_kept_does_not_vouch_for_a_mirror_after_two_rotations(vault, replica):
+    """It knows neither signer nor standby any more."""
+    kept = kept_by(vault.keyring)
+    rotate_now(vault, replica)
+    rotate_now(vault, replica)
+    fresh = Replica(vault, kept=kept)
+    cut_off(fresh)
+    assert fresh.holder.view is None
+    assert ["is not known in generation 5" in text for text in fresh.heard.refused_mirrors] == [True]
+
+
+def test_what_is_kept_is_what_is_in_force(vault, replica):
+    """Whether it came from Vault or from the mirror."""
+    other = Replica(vault)
+    other.tick()
+    rotate_now(vault, replica)
+    assert vault.keyring == replica.kept.keyring != other.kept.keyring
+    cut_off(other)
+    assert vault.keyring == other.kept.keyring
 
 
 @pytest.mark.parametrize("tap", [without_vault, without_anything], ids=["the mirror is empty", "no store either"])
@@ -324,10 +378,19 @@ def test_k07_another_document_of_the_generation_of_the_mirror_is_refused(vault, 
 # -- mirrors that are not to be believed -------------------------------------------------------------------------------
 
 
-def mirror_says(vault: Vault, **changes: Any) -> None:  # noqa: ANN401 - members of the document
+def mirror_says(vault: Vault, *, signed_by: str | None = None, **changes: Any) -> None:  # noqa: ANN401 - of the document
     """Put a changed copy of the newest document into the mirror, as of generation 1000."""
     content = json.loads(vault.document.written[-1]) | {"generation": 1000} | changes
-    vault.shared.put_mirror(1000, content)
+    signature = vault.mirror_signature(signed_by, content) if signed_by is not None else None
+    vault.shared.put_mirror(content["generation"], content, signature)
+
+
+def with_a_key_of_mine(vault: Vault) -> list[dict[str, Any]]:
+    """Return the keys of the newest document, and one that Vault does not have: an intruder's."""
+    keys = json.loads(vault.document.written[-1])["keys"]
+    mine = vault.store.create()
+    signer = next(key for key in keys if key["state"] == "ACTIVE")
+    return [key for key in keys if key is not signer] + [signer | {"jwk": mine.jwk.to_dict(), "version": mine.version}]
 
 
 def test_a_mirror_that_forgets_a_revocation_is_not_adopted(vault, replica):
@@ -336,7 +399,7 @@ def test_a_mirror_that_forgets_a_revocation_is_not_adopted(vault, replica):
     vault.ask(RequestKind.REVOKE, vault.keyring.standby.kid, breakglass=True)
     replica.tick()
     before = replica.holder.view
-    mirror_says(vault, keys=forgetful)
+    mirror_says(vault, keys=forgetful, signed_by=vault.keyring.active.kid)
     cut_off(replica)
     assert (before, 1) == (replica.holder.view, replica.heard.regressions)
 
@@ -356,11 +419,153 @@ def test_a_mirror_that_cannot_be_read_is_told_of_and_holds_up_what_needs_the_sto
 
 
 def test_a_mirror_that_differs_in_the_same_generation_confirms_nothing(vault, replica):
-    """Two histories: without Vault nobody can say which is right."""
+    """Two histories, both signed: without Vault nobody can say which is right."""
     before = replica.holder.view
-    mirrored = vault.shared.mirror.load()
-    mirrored.content["keys"].pop()
-    vault.shared.put_mirror(mirrored.generation, mirrored.content)
+    mirror_says(vault, generation=5, keys=with_a_key_of_mine(vault), signed_by=vault.keyring.active.kid)
     vault.clock.pass_time(SECOND)
     cut_off(replica)
     assert before is replica.holder.view
+
+
+# -- whoever can write to the store, and cannot sign -------------------------------------------------------------------
+
+
+def forged(vault: Vault, forgery: str, **changes: Any) -> str:  # noqa: ANN401 - members of the document
+    """Put a mirror with an intruder's key into the store; return the name of the key."""
+    keys = with_a_key_of_mine(vault)
+    mine, active = keys[-1]["jwk"]["kid"], vault.keyring.active.kid
+    mirror_says(vault, keys=keys, signed_by=mine if forgery == "own key" else None, **changes)
+    found = vault.shared.mirror.load()
+    content, generation = found.content, found.generation
+    if forgery == "another's name":
+        signature = vault.mirror_signature(mine, content)
+        vault.shared.put_mirror(generation, content, replace(signature, kid=active))
+    if forgery == "another generation":
+        vault.shared.put_mirror(generation, content, vault.mirror_signature(active, content, generation - 1))
+    return mine
+
+
+FORGERIES = ["unsigned", "own key", "another's name", "another generation"]
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_mirror_brings_no_key_before_verifiers_without_vault(vault, replica, forgery):
+    """What is in force stays, and is not confirmed: it is told of, and a signer stops soon, as a later one may be."""
+    before = replica.holder.view
+    mine = forged(vault, forgery)
+    vault.clock.pass_time(LATELY)
+    cut_off(replica)
+    view = replica.holder.view
+    assert (before.keyring, before.confirmed_at, True) == (view.keyring, view.confirmed_at, view.doubted)
+    assert mine not in published(replica)
+    assert 1 == len(replica.heard.refused_mirrors)
+    vault.clock.pass_time(SECOND)
+    with pytest.raises(NoSigningKeyError):
+        replica.signs_with()
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_mirror_does_not_stop_a_replica_that_reaches_vault(vault, replica, forgery):
+    """It goes on with Vault; what needs the store waits until somebody has looked into it. A revocation does not."""
+    mine = forged(vault, forgery)
+    victim = vault.keyring.active.kid
+    vault.ask(RequestKind.REVOKE, victim, breakglass=True)
+    with pytest.raises(StoreUnavailableError, match="is not believed"):
+        replica.tick()
+    assert vault.keyring == replica.holder.view.keyring
+    assert not {mine, victim} & published(replica)
+    assert replica.signs_with() == vault.keyring.active.kid
+    assert 1000 == vault.shared.mirrored
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_k07_a_replica_that_starts_with_vault_beside_a_later_mirror_that_it_cannot_check_does_not_start(
+    vault, replica, forgery
+):
+    """Either is right: Vault was restored, or the mirror was forged. It says so."""
+    forged(vault, forgery)
+    fresh = Replica(vault)
+    with pytest.raises(MirrorNotBelievedError, match="generation 1000, is not believed"):
+        fresh.tick()
+    assert (None, 1) == (fresh.holder.view, len(fresh.heard.refused_mirrors))
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+@pytest.mark.parametrize("generation", [4, 5])
+def test_a_forged_mirror_that_is_no_later_is_written_over(vault, replica, forgery, generation):
+    """As is what a broker of the version before has written: it cannot sign."""
+    forged(vault, forgery, generation=generation)
+    replica.tick()
+    mirrored = vault.shared.mirror.load()
+    assert (5, vault.keyring.active.kid) == (mirrored.generation, mirrored.signature.kid)
+    assert json.loads(vault.document.written[-1]) == mirrored.content
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_replica_that_kept_a_keyring_does_not_start_from_a_forged_mirror(vault, replica, forgery):
+    """Nor does it from one that is older than what it kept."""
+    mine = forged(vault, forgery)
+    fresh = Replica(vault, kept=kept_by(replica.holder.view.keyring))
+    cut_off(fresh)
+    assert (None, 1) == (fresh.holder.view, len(fresh.heard.refused_mirrors))
+    assert mine not in published(replica)
+    older = vault.history[-2]
+    content = json.loads(vault.document.written[-2])
+    vault.shared.put_mirror(older.generation, content, vault.mirror_signature(vault.keyring.active.kid, content))
+    cut_off(fresh)
+    assert (None, 1, 1) == (fresh.holder.view, len(fresh.heard.refused_mirrors), fresh.heard.regressions)
+
+
+def test_k12_a_revoked_key_cannot_undo_its_revocation_by_a_mirror(vault, replica):
+    """Its thief signs a later mirror in which it is ACTIVE. The standby has signed the one that revokes it."""
+    other = Replica(vault)
+    other.tick()
+    victim = vault.keyring.active.kid
+    stolen = vault.store.keys[victim]
+    before = json.loads(vault.document.written[-1])
+    vault.ask(RequestKind.REVOKE, victim, breakglass=True)
+    replica.tick()
+    cut_off(other)
+    assert victim not in published(other)
+    assert vault.shared.mirror.load().signature.kid == vault.keyring.active.kid
+    content = before | {"generation": 1000}
+    vault.store.keys[victim] = stolen
+    vault.shared.put_mirror(1000, content, vault.mirror_signature(victim, content))
+    cut_off(other)
+    assert victim not in published(other)
+    assert "is REVOKED" in other.heard.refused_mirrors[-1]
+
+
+def test_a_mirror_is_not_written_while_nobody_can_sign_it(vault, replica):
+    """A signer in Vault that does not answer: what needs the store waits. The standby signs in place of the signer."""
+    active, standby = vault.keyring.active.kid, vault.keyring.standby.kid
+    vault.shared.put_mirror(0, None)
+    if vault.store_name == "kv":
+        replica.tick()
+        assert active == vault.shared.mirror.load().signature.kid
+        return
+    keys = dict(vault.store.keys)
+    vault.store.keys.clear()
+    with pytest.raises(StoreUnavailableError, match="could not be signed"):
+        replica.tick()
+    assert 0 == vault.shared.mirrored
+    vault.store.keys[standby] = keys[standby]
+    replica.tick()
+    assert (5, standby) == (vault.shared.mirrored, vault.shared.mirror.load().signature.kid)
+
+
+def test_a_mirror_of_a_keyring_without_keys_to_sign_with_says_only_that_it_is_there(vault):
+    """The first key, before it was proven: unsigned. A replica that is cut off doubts by it, and believes nothing."""
+    replica = Replica(vault)
+    seen = []
+    real = vault.shared.mirror.save
+
+    def save(generation: int, content: dict[str, Any], signature: Any) -> None:  # noqa: ANN401 - MirrorSignature | None
+        seen.append((generation, None if signature is None else signature.kid))
+        real(generation, content, signature)
+
+    vault.shared.mirror.save = save
+    replica.tick()
+    first, second = (key.kid for key in vault.keyring.keys)
+    assert [(1, None), (2, first), (3, first), (4, first), (5, first)] == seen
+    assert (ACTIVE, STANDBY) == (vault.keyring.get(first).state, vault.keyring.get(second).state)

@@ -23,6 +23,7 @@ from carnet_broker.ports import (
 )
 from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.store_loop import StoreLoop, StorePorts, StoreTiming
+from carnet_broker.store_parts import Claim
 from support.store_fakes import FakeStoreData
 
 T0 = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -86,9 +87,9 @@ class Heard:
         """Keep."""
         self.failures.append(error)
 
-    def store_restored(self, seen: LogPosition, found: LogPosition) -> None:
+    def store_restored(self, claim: Claim, found: LogPosition) -> None:
         """Keep."""
-        self.restored.append((seen, found))
+        self.restored.append((claim, found))
 
     def revocations_read(self, position: LogPosition, count: int) -> None:
         """Nothing."""
@@ -354,7 +355,9 @@ async def test_what_was_revoked_before_a_verifier_told_of_more_is_raised(data, c
     replica.loop.round()
     replica.loop.append([subject()]).result(5)
     here = replica.holder.view.position
-    asked = asyncio.ensure_future(replica.loop.read_again(LogPosition(here.epoch, 40, here.digest)))
+    asked = asyncio.ensure_future(
+        replica.loop.read_again(Claim(LogPosition(here.epoch, 40, here.digest), "a verifier"))
+    )
     await asyncio.sleep(0)
     replica.loop.round()
     asked.cancel()
@@ -367,12 +370,13 @@ async def test_a_claim_of_a_verifier_begins_an_epoch_at_most_once_a_minute(data,
     replica.loop.round()
     for expected, pause in ((1, 1), (1, 59), (2, 2)):
         here = replica.holder.view.position
-        claim = LogPosition(here.epoch, here.version + 5, here.digest)
+        claim = Claim(LogPosition(here.epoch, here.version + 5, here.digest), "a verifier")
         asked = asyncio.ensure_future(replica.loop.read_again(claim))
         await asyncio.sleep(0)
         replica.loop.round()
         asked.cancel()
         assert expected == len(replica.heard.restored)
+        assert claim.by == replica.heard.restored[-1][0].by
         clock.move(pause)
     # The last one came after the minute was over.
     here = replica.holder.view.position
@@ -465,7 +469,7 @@ def test_a_newer_keyring_of_another_replica_is_told_of_once(data, clock):
     clock.move(1)
     replica.loop.round()
     assert 1 == replica.heard.newer
-    data.open().mirror.save(3, {"generation": 3})
+    data.open().mirror.save(3, {"generation": 3}, None)
     clock.move(1)
     replica.loop.round()
     assert 2 == replica.heard.newer
@@ -477,12 +481,12 @@ def test_a_keyring_that_was_raised_is_told_of_again_when_it_is_mirrored(data, cl
     data.open().rollout.raise_to(2, "kid")
     replica.loop.round()
     assert 1 == replica.heard.newer
-    data.open().mirror.save(2, {"generation": 2})
+    data.open().mirror.save(2, {"generation": 2}, None)
     clock.move(1)
     replica.loop.round()
     assert 2 == replica.heard.newer
     replica.generation = 2
-    data.open().mirror.save(3, {"generation": 3})
+    data.open().mirror.save(3, {"generation": 3}, None)
     replica.generation = 3
     clock.move(1)
     replica.loop.round()
@@ -555,7 +559,7 @@ def test_a_newer_keyring_is_told_of_long_before_the_poll_however_often_there_is_
         for generation in range(2, 12):
             replica.loop.wake()
             time.sleep(0.01 * generation)
-            data.open().mirror.save(generation, {"generation": generation})
+            data.open().mirror.save(generation, {"generation": generation}, None)
             started = time.monotonic()
             until(lambda generation=generation: replica.heard.newer >= generation - 1)
             assert time.monotonic() - started < TIMING.poll_interval.total_seconds() / 2

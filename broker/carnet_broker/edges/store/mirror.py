@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import select
 
+from carnet_broker.core.mirror import MirrorSignature
 from carnet_broker.edges.store.database import UNAVAILABLE, Database, nonsense
 from carnet_broker.edges.store.tables import ONLY_ROW, keyring_mirror
 from carnet_broker.ports import MirroredKeyring, StoreUnavailableError
@@ -20,16 +21,17 @@ class StoredMirror:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def save(self, generation: int, content: dict[str, Any]) -> None:
+    def save(self, generation: int, content: dict[str, Any], signature: MirrorSignature | None) -> None:
         """Keep `content`, unless a later generation is there. What is there already is not written again."""
-        values: dict[str, Any] = {"generation": generation, "content": json.dumps(content, sort_keys=True)}
+        values: dict[str, Any] = {
+            "generation": generation,
+            "content": json.dumps(content, sort_keys=True),
+            "signed_by": None if signature is None else signature.kid,
+            "signature": None if signature is None else signature.signature,
+        }
         with self._database.write() as transaction:
-            there = transaction.connection.execute(
-                select(keyring_mirror.c.id).where(
-                    keyring_mirror.c.generation == generation, keyring_mirror.c.content == values["content"]
-                )
-            )
-            if there.first() is not None:
+            there = transaction.connection.execute(select(keyring_mirror)).mappings().first()
+            if there is not None and values.items() <= dict(there).items():
                 return
             values["saved_at"] = transaction.now()
             transaction.connection.execute(
@@ -52,8 +54,15 @@ class StoredMirror:
             return None
         try:
             content = json.loads(row.content)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             raise StoreUnavailableError(UNAVAILABLE) from nonsense("a keyring")
-        return MirroredKeyring(generation=row.generation, content=content, saved_at=row.saved_at, read_at=now)
+        signed = row.signed_by is not None and row.signature is not None
+        return MirroredKeyring(
+            generation=row.generation,
+            content=content,
+            saved_at=row.saved_at,
+            read_at=now,
+            signature=MirrorSignature(row.signed_by, bytes(row.signature)) if signed else None,
+        )

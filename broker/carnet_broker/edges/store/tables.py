@@ -155,6 +155,9 @@ keyring_mirror = Table(
     Column("generation", BigInteger, nullable=False),
     Column("content", Text, nullable=False),
     Column("saved_at", Instant, nullable=False),
+    # Both None where nobody could sign. Of another content where a broker of version 1 wrote last.
+    Column("signed_by", Text),
+    Column("signature", LargeBinary),
 )
 
 # SQLite has no NOTIFY: writers count here what others should look at.
