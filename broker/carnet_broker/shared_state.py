@@ -124,7 +124,12 @@ class SharedState:
             read_keyring=read_keyring,
             read_store=self.loop.read_again,
         )
-        rules = WatchRules(replica_id=self.replica_id, heartbeat=config.trust.heartbeat, max_age=config.keys.max_age)
+        rules = WatchRules(
+            replica_id=self.replica_id,
+            heartbeat=config.trust.heartbeat,
+            max_age=config.keys.max_age,
+            sessions_per_identity=config.store.verifier_sessions,
+        )
         admission = Admission(rate=limits.key_sets_per_second, burst=limits.streams)
         report = self._acknowledgements.reporting(self.loop.report)
         return Watchers(known, rules, self._clock, admission, self._telemetry.trust, report=report)

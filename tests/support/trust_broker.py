@@ -133,7 +133,9 @@ class Broker:
             read_keyring=read_keyring,
             read_store=read_store,
         )
-        rules = WatchRules(replica_id=self.replica_id, heartbeat=HEARTBEAT, max_age=TIMING.max_age)
+        rules = WatchRules(
+            replica_id=self.replica_id, heartbeat=HEARTBEAT, max_age=TIMING.max_age, sessions_per_identity=200
+        )
         events: Any = SimpleNamespace(streams=lambda _: None, pushed=lambda *_, **__: None, left=lambda _: None)
         return Watchers(known, rules, self.clock, NO_LIMIT, events, report=self.loop.report)
 

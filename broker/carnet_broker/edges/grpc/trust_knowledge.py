@@ -46,6 +46,10 @@ class TrustKnowledge:
             raise StaleError(msg)
         return keys, log
 
+    def is_blocked(self, identity: str) -> bool:
+        """Say whether a block of that SPIFFE ID is in force here: no rotation waits for its verifiers."""
+        return self.revocations.revocations.blocks(identity) is not None
+
     def check_serves(self, workload: Workload, audience: str) -> None:
         """Raise `RefusedError` unless the policy lets `workload` watch `audience`."""
         known = self.policy().audiences.get(audience)

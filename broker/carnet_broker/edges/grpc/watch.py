@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Final, Protocol
+from typing import Final
 
 from carnet.admission import Admission
 from carnet.errors import CarnetError
@@ -27,6 +28,7 @@ from carnet.v1 import trust_pb2
 from carnet_broker.core.rollout import VerifierSession
 from carnet_broker.core.watching import Hello, HelloError, Push, Standing, is_silent, pushes, standing, told_from
 from carnet_broker.edges.grpc.calls import LongCall
+from carnet_broker.edges.grpc.ended_streams import EndedStreams
 from carnet_broker.edges.grpc.status import BehindError, DrainingError, ReplacedError, SilentError
 from carnet_broker.edges.grpc.trust_knowledge import TrustKnowledge, invalid
 from carnet_broker.edges.grpc.trust_messages import (
@@ -36,6 +38,7 @@ from carnet_broker.edges.grpc.trust_messages import (
     position_of,
 )
 from carnet_broker.edges.grpc.watch_requests import hello_in, parsed
+from carnet_broker.edges.grpc.watch_rules import StreamEvents, WatchRules
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
 from carnet_broker.ports import Acknowledged, Clock, Joined, Left, LogPosition, SessionOutcome
 from carnet_broker.revocation_view import RevocationView
@@ -51,34 +54,7 @@ _RESYNCS: Final = 3
 _CACHED: Final = 64
 """Places that what leads from there to here is kept for."""
 _JITTER: Final = 0.2
-
-
-class StreamEvents(Protocol):
-    """Who wants to hear of streams: metrics."""
-
-    def streams(self, count: int) -> None:
-        """Tell how many streams there are."""
-
-    def pushed(self, kind: str, seconds: float | None) -> None:
-        """Tell of one response that was sent: ``key_set``, ``revocations`` or ``heartbeat``.
-
-        `seconds`: how long after the change, where it was pushed because of one.
-        """
-
-    def left(self, reason: str) -> None:
-        """Tell of a verifier that left: ``goodbye``, or ``silent``."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatchRules:
-    """The settings of streams."""
-
-    replica_id: str
-    heartbeat: timedelta
-    max_age: timedelta
-    """Of a key set, for verifiers that poll."""
-
-
+_NUMBERS: Final = itertools.count(1)
 
 
 @dataclass(eq=False)
@@ -92,6 +68,8 @@ class _Stream:
     sent: Position | None
     """Where it is once it has loaded all that was sent."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    number: int = field(default_factory=lambda: next(_NUMBERS))
+    """Later streams have higher ones."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     acknowledged: Position | None = None
     count: int = 0
@@ -147,6 +125,7 @@ class Watchers:
         self._events = events
         self._loop = asyncio.get_running_loop()
         self._streams: dict[tuple[str, str], _Stream] = {}
+        self._ended = EndedStreams(self._loop, self._tell_left, per_identity=rules.sessions_per_identity)
         self._cache: OrderedDict[tuple[Position | None, int], tuple[LogPosition, list[tuple[Push, bytes]]]]
         self._cache = OrderedDict()
         self._reading: asyncio.Task[None] | None = None
@@ -202,6 +181,9 @@ class Watchers:
     def _wake_all(self) -> None:
         for stream in self._streams.values():
             stream.wake.set()
+        for identity in self._ended.identities():
+            if self.known.is_blocked(identity):
+                self._ended.leave_all(identity)
 
     # -- what comes in ---------------------------------------------------------------------------------------------
 
@@ -273,7 +255,13 @@ class Watchers:
                 )
                 loaded_keys = before is None or before.generation != position.generation
                 self._report_change(change, soon=loaded_keys)
-        elif not stream.joining and keys is not None and position.generation >= keys.keyring.generation:
+        elif (
+            not stream.joining
+            and keys is not None
+            and position.generation >= keys.keyring.generation
+            and self._ended.admits(*stream.key)
+            and not self.known.is_blocked(stream.identity)
+        ):
             stream.joining = True
             now = self._clock.now()
             session = VerifierSession(
@@ -295,6 +283,7 @@ class Watchers:
 
     def _take_outcome(self, stream: _Stream, outcome: SessionOutcome, position: Position) -> None:
         """Take in what became of a `Joined`. Where it is not counted, the next answer tries again."""
+        self._ended.settled(*stream.key, stream.number, joined=outcome.live)
         stream.joining = False
         stream.joined = outcome.live
         stream.live = outcome.live and not stream.hello.accepts_stale
@@ -316,8 +305,11 @@ class Watchers:
     def _leave(self, stream: _Stream) -> None:
         if stream.joined or stream.joining:
             stream.joined = stream.live = False
-            self._events.left("goodbye" if stream.said_goodbye else "silent")
-            self._report_change(Left(stream.identity, stream.hello.instance_id, stream.id))
+            self._tell_left(Left(*stream.key, stream.id), "goodbye" if stream.said_goodbye else "blocked")
+
+    def _tell_left(self, left: Left, why: str = "silent") -> None:
+        self._events.left(why)
+        self._report_change(left)
 
     def _forget(self, stream: _Stream) -> None:
         """Let go of a stream that has ended; its session lives on until the verifier could accept nothing any more."""
@@ -327,7 +319,8 @@ class Watchers:
         if (stream.joined or stream.joining) and not self._draining:
             quiet = self._clock.mono() - stream.heard_at
             left = max(stream.hello.max_staleness.total_seconds() - quiet, 0.0)
-            self._loop.call_later(left, self._leave, stream)
+            left = 0.0 if self.known.is_blocked(stream.identity) else left
+            self._ended.add(*stream.key, stream.number, stream.id, seconds=left)
 
     # -- what goes out ---------------------------------------------------------------------------------------------
 
@@ -343,6 +336,9 @@ class Watchers:
                 return
             workload = call.workload()
             self.known.check_serves(workload, stream.hello.audience)
+            if stream.joined and self.known.is_blocked(stream.identity):
+                self._leave(stream)
+                stream.tell = True
             mono = self._clock.mono()
             if is_silent(stream.heard_at, mono, stream.hello.max_staleness):
                 msg = f"the verifier has been silent for {stream.hello.max_staleness}"
