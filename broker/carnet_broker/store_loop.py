@@ -38,7 +38,7 @@ from carnet_broker.ports import (
 )
 from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.session_changes import Said, SessionChanges
-from carnet_broker.store_parts import StoreEvents, StorePorts, StoreTiming
+from carnet_broker.store_parts import Claim, StoreEvents, StorePorts, StoreTiming
 
 __all__ = ["StoreEvents", "StoreLoop", "StorePorts", "StoreTiming"]
 
@@ -112,7 +112,7 @@ class StoreLoop:
         self._writing = _Turns()
         self._said = SessionChanges()
         self._asked: list[Future[bool]] = []
-        self._claims: list[LogPosition] = []
+        self._claims: list[Claim] = []
         self._stopping = False
         self._told = False
         """Whether the store says that something has changed since the last look for a newer keyring."""
@@ -175,7 +175,7 @@ class StoreLoop:
             msg = f"the store did not answer within {self._timing.append_within}"
             raise StoreUnavailableError(msg) from error
 
-    async def read_again(self, claim: LogPosition | None = None) -> bool:
+    async def read_again(self, claim: Claim | None = None) -> bool:
         """Read the store after this call was made; say whether it answered in time.
 
         `claim` is what a verifier says that it has seen. Where the store is behind it also then, a new epoch begins;
@@ -254,7 +254,7 @@ class StoreLoop:
         seen, carry = self._what_is_missed(page, after, claims, mono)
         if seen is not None:
             self._events.store_restored(seen, page.position)
-            self._store.log.begin_epoch(seen=seen, carry=carry, now=now)
+            self._store.log.begin_epoch(seen=seen.position, carry=carry, now=now)
             now, mono = self._clock.now(), self._clock.mono()
             page = self._store.log.read(after)
         lacking = self._what_it_lacks(page, after)
@@ -265,21 +265,21 @@ class StoreLoop:
         self._events.revocations_read(page.position, len(self._holder.revocations))
 
     def _what_is_missed(
-        self, page: RevocationPage, after: LogPosition | None, claims: Sequence[LogPosition], mono: float
-    ) -> tuple[LogPosition | None, tuple[Revocation, ...]]:
+        self, page: RevocationPage, after: LogPosition | None, claims: Sequence[Claim], mono: float
+    ) -> tuple[Claim | None, tuple[Revocation, ...]]:
         """Return what was seen that the store is behind of, and what is known for certain from before that."""
         found = page.position
         if after is not None and is_behind(found, after):
-            return after, self._holder.revocations.entries()
+            return Claim(after, f"replica {self._replica_id}"), self._holder.revocations.entries()
         if after is not None and page.snapshot:
             own = self._holder.revocations.entries()
             if found.epoch == after.epoch and lost_entries(page, own):
                 # It was restored, and has gone on beyond what we had seen: other entries, at the same versions.
-                return replace(after, version=found.version + 1), own
+                return Claim(replace(after, version=found.version + 1), f"replica {self._replica_id}"), own
             return None, ()
-        highest = max(claims, key=lambda claim: (claim.epoch, claim.version), default=None)
+        highest = max(claims, key=lambda claim: (claim.position.epoch, claim.position.version), default=None)
         is_due = mono - self._claimed_at >= _EPOCH_AT_MOST_EVERY
-        if highest is not None and is_behind(found, highest) and is_due:
+        if highest is not None and is_behind(found, highest.position) and is_due:
             self._claimed_at = mono
             return highest, ()  # Each of ours may have come after the restoration.
         return None, ()
@@ -347,7 +347,7 @@ class StoreLoop:
         """Begin a new epoch although no revocation is missing: sessions are, and with it all verifiers join anew."""
         view = self._holder.view
         if view is not None:
-            self._events.store_restored(view.position, view.position)
+            self._events.store_restored(Claim(view.position, "the store, which has lost leases"), view.position)
             seen = replace(view.position, version=view.position.version + 1)
             # Nothing is carried: each of ours is there, and may have come after the restoration.
             self._store.log.begin_epoch(seen=seen, carry=(), now=self._clock.now())
@@ -380,7 +380,7 @@ class StoreLoop:
         given_after = replace(appended.position, version=appended.position.version - len(appended.entries))
         if view is not None and is_behind(given_after, view.position):
             # The store was restored, and gave versions that tokens have in their `rv` already.
-            self._events.store_restored(view.position, given_after)
+            self._events.store_restored(Claim(view.position, f"replica {self._replica_id}"), given_after)
             seen = replace(view.position, version=max(view.position.version, appended.position.version) + 1)
             own = self._holder.revocations.entries()
             self._store.log.begin_epoch(seen=seen, carry=own, now=self._clock.now())

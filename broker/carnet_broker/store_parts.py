@@ -16,7 +16,16 @@ from carnet_broker.ports import (
     Wakeups,
 )
 
-__all__ = ["StoreEvents", "StorePorts", "StoreTiming"]
+__all__ = ["Claim", "StoreEvents", "StorePorts", "StoreTiming"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What was seen of the store before, and by whom: a new epoch may begin on it."""
+
+    position: LogPosition
+    by: str
+    """For the log: this replica, the store itself, or a verifier by SPIFFE ID and instance."""
 
 
 class StoreEvents(Protocol):
@@ -28,8 +37,8 @@ class StoreEvents(Protocol):
     def store_failed(self, error: Exception) -> None:
         """Tell that a round failed. What was read before stays in force."""
 
-    def store_restored(self, seen: LogPosition, found: LogPosition) -> None:
-        """Tell that the store is behind what was seen of it, and that a new epoch begins."""
+    def store_restored(self, claim: Claim, found: LogPosition) -> None:
+        """Tell that the store, at `found`, is behind what somebody has seen of it, and that a new epoch begins."""
 
     def revocations_read(self, position: LogPosition, count: int) -> None:
         """Tell how far this replica is in the log, and how many entries are in force."""

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from carnet.errors import CarnetError
 from carnet_broker.ports import LogPosition
+from carnet_broker.store_parts import Claim
 
 __all__ = ["TrustTelemetry"]
 
@@ -106,13 +107,14 @@ class TrustTelemetry:
             self._log.error("store_failed", cause=cause, exc_info=None if isinstance(error, CarnetError) else error)
             self._failures.add(cause)
 
-    def store_restored(self, seen: LogPosition, found: LogPosition) -> None:
-        """Count and log that the store is behind what was seen of it: an alarm."""
+    def store_restored(self, claim: Claim, found: LogPosition) -> None:
+        """Count and log that the store is behind what was seen of it, and by whom: an alarm."""
         self.restored.inc()
         self._log.error(
             "store_restored",
-            seen_epoch=seen.epoch,
-            seen_version=seen.version,
+            claimed_by=claim.by,
+            seen_epoch=claim.position.epoch,
+            seen_version=claim.position.version,
             found_epoch=found.epoch,
             found_version=found.version,
         )

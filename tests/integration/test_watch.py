@@ -262,6 +262,8 @@ def test_a_believable_claim_begins_a_new_epoch_and_everybody_moves_there(place, 
             assert response.position.revocation_version >= ahead.revocation_version + 1_000_000
             stays.wait_for(lambda other: other.position.epoch == response.position.epoch and other.change.snapshot)
         assert 1 == metric(broker, "carnet_store_restored_total")
+        (told,) = (line for line in broker.log() if line["event"] == "store_restored")
+        assert f"{PAYMENTS} was-ahead" == told["claimed_by"]
 
 
 # -- how a stream ends -------------------------------------------------------------------------------------------------

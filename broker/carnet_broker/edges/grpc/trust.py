@@ -80,7 +80,7 @@ class TrustServicer(trust_pb2_grpc.TrustServiceServicer):
             msg = f"from: {error}"
             raise invalid(msg) from error
         peer = None if sent is None or sent.epoch == 0 else replace(sent, generation=0)
-        await self._known.catch_up(peer)
+        await self._known.catch_up(peer, by=str(caller().spiffe_id))
         keys, log = self._known.views()
         at = None if peer is None else LogPosition(peer.epoch, peer.revocation_version, peer.revocation_digest)
         to, parts = self._answers.leading_on(at, log.tail, self._known.revocations.snapshot)

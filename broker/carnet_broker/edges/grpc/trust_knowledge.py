@@ -16,6 +16,7 @@ from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
 from carnet_broker.ports import Clock, LogPosition
 from carnet_broker.revocation_view import RevocationHolder, RevocationView
 from carnet_broker.signing import KeyringHolder, KeyringView
+from carnet_broker.store_parts import Claim
 
 __all__ = ["TrustKnowledge", "invalid"]
 
@@ -31,7 +32,7 @@ class TrustKnowledge:
     max_staleness: timedelta
     """How old what this replica knows may be before it tells nobody."""
     read_keyring: Callable[[], Awaitable[bool]]
-    read_store: Callable[[LogPosition | None], Awaitable[bool]]
+    read_store: Callable[[Claim | None], Awaitable[bool]]
     """Reads the store anew; with what a verifier claims to have seen of it."""
 
     def views(self) -> tuple[KeyringView, RevocationView]:
@@ -57,14 +58,17 @@ class TrustKnowledge:
             text = "the policy does not name this workload in served_by of this audience"
             raise RefusedError(Refusal(RefusalReason.NOT_GRANTED, text))
 
-    async def catch_up(self, peer: Position | None) -> None:
-        """Read again what a verifier that is ahead knows already. Raises where this replica stays behind."""
+    async def catch_up(self, peer: Position | None, *, by: str) -> None:
+        """Read again what a verifier that is ahead knows already. Raises where this replica stays behind.
+
+        `by` is the verifier, for the log: its SPIFFE ID, and its instance where that is known.
+        """
         for _ in range(3):
             keys, log = self.views()
             where = standing(peer, keys.keyring.generation, log.position)
             if peer is None or where is Standing.FOLLOWS:
                 return
-            claim = LogPosition(peer.epoch, peer.revocation_version, peer.revocation_digest)
+            claim = Claim(LogPosition(peer.epoch, peer.revocation_version, peer.revocation_digest), by)
             if where is Standing.AHEAD_IN_KEYRING:
                 answered = await self.read_keyring()
             else:

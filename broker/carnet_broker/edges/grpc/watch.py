@@ -156,7 +156,7 @@ class Watchers:
             raise RefusedError(refusal)
         hello = hello_in(await call.first())
         self.known.check_serves(workload, hello.audience)
-        await self.known.catch_up(hello.position)
+        await self.known.catch_up(hello.position, by=f"{identity} {hello.instance_id}")
         if self._draining:
             msg = "this replica is shutting down"
             raise DrainingError(msg)
