@@ -219,7 +219,7 @@ def test_a_store_that_is_behind_what_was_seen_begins_a_new_epoch_and_loses_nothi
     seen = replica.holder.view.position
     data.restore(backup)
     replica.loop.round()
-    assert 1 == len(replica.heard.restored)
+    assert [Claim(seen, "replica one")] == [claim for claim, _ in replica.heard.restored]
     assert replica.holder.view.position.epoch > seen.epoch
     fresh = data.open().revocations.read(None)
     assert [token().value] == [entry.value for entry in fresh.entries]
@@ -254,7 +254,7 @@ def test_a_restored_store_that_has_gone_on_is_found_out_by_what_it_lacks(data, c
     data.restore(backup)
     data.open().revocations.append([token(2), token(3)])
     replica.loop.round()
-    assert 1 == len(replica.heard.restored)
+    assert ["replica one"] == [claim.by for claim, _ in replica.heard.restored]
     values = {entry.value for entry in data.open().revocations.read(None).entries}
     assert {token(number).value for number in (1, 2, 3)} == values
     assert 3 == len(replica.holder.revocations)
@@ -303,7 +303,7 @@ def test_who_revokes_in_a_restored_store_gets_a_version_above_all_that_were_give
     appended = replica.loop.append([subject()]).result(5)
     assert appended.position.epoch > seen.epoch
     assert appended.entries[0].before_version > seen.version
-    assert 1 == len(replica.heard.restored)
+    assert [Claim(seen, "replica one")] == [claim for claim, _ in replica.heard.restored]
     replica.loop.round()
     assert appended.position == replica.holder.view.position
     assert 1 == len(replica.heard.restored)
