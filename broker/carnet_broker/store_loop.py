@@ -17,7 +17,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 
@@ -38,7 +38,7 @@ from carnet_broker.ports import (
 )
 from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.session_changes import Said, SessionChanges
-from carnet_broker.store_parts import Claim, StoreEvents, StorePorts, StoreTiming
+from carnet_broker.store_parts import Claim, StoreEvents, StorePorts, StoreTiming, Turns
 
 __all__ = ["StoreEvents", "StoreLoop", "StorePorts", "StoreTiming"]
 
@@ -60,14 +60,6 @@ _EPOCH_AT_MOST_EVERY: Final = 60.0
 """Seconds between two epochs that begin because of what a verifier claims."""
 _STOP_WITHIN: Final = 5.0
 _PAUSE_AFTER_FAILURE: Final = 0.25
-
-
-@dataclass(slots=True)
-class _Turns:
-    """When a thread has its next turn, and how its last one went."""
-
-    due_at: float = 0.0
-    failing: bool = False
 
 
 class StoreLoop:
@@ -108,8 +100,8 @@ class StoreLoop:
         self._poll_interval = timing.poll_interval.total_seconds()
         self._renew_every = timing.lease.total_seconds() / 3
         self._due = threading.Condition()
-        self._reading = _Turns()
-        self._writing = _Turns()
+        self._reading = Turns()
+        self._writing = Turns()
         self._said = SessionChanges()
         self._asked: list[Future[bool]] = []
         self._claims: list[Claim] = []
@@ -421,7 +413,7 @@ class StoreLoop:
         self._read()
         self._expire()
 
-    def _attempt(self, turns: _Turns, work: Callable[[], None]) -> None:
+    def _attempt(self, turns: Turns, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:  # noqa: BLE001 - reported; a fault of one round must not end all reading
@@ -432,12 +424,12 @@ class StoreLoop:
             if not self.failing:
                 self._events.store_answered()
 
-    def _bring_forward(self, turns: _Turns, within: float) -> None:
+    def _bring_forward(self, turns: Turns, within: float) -> None:
         """Have a turn within that many seconds. To be called with the lock."""
         turns.due_at = min(turns.due_at, self._clock.mono() + within)
         self._due.notify_all()
 
-    def _wait(self, turns: _Turns) -> None:
+    def _wait(self, turns: Turns) -> None:
         with self._due:
             not_before = self._clock.mono() + (_PAUSE_AFTER_FAILURE if turns.failing else 0.0)
             while not self._stopping and (left := max(turns.due_at, not_before) - self._clock.mono()) > 0:

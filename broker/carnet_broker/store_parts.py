@@ -1,4 +1,4 @@
-"""What the loop of the store is wired from: its ports, its times, and who wants to hear of it."""
+"""What the loop of the store is wired from: its ports, its times and turns, and who wants to hear of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from carnet_broker.ports import (
     Wakeups,
 )
 
-__all__ = ["Claim", "StoreEvents", "StorePorts", "StoreTiming"]
+__all__ = ["Claim", "StoreEvents", "StorePorts", "StoreTiming", "Turns"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +70,11 @@ class StoreTiming:
     lease: timedelta
     append_within: timedelta
     """How long whoever revokes waits."""
+
+
+@dataclass(slots=True)
+class Turns:
+    """When a thread has its next turn, and how its last one went."""
+
+    due_at: float = 0.0
+    failing: bool = False
