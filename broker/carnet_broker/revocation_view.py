@@ -96,10 +96,13 @@ class RevocationHolder:
             return True
 
     def extend(self, appended: Appended) -> bool:
-        """Take in what this replica has appended itself, where it follows without a gap; say whether it did."""
+        """Take in what this replica has appended itself, where it follows without a gap; say whether it did.
+
+        Nothing was appended where others had entered as much before.
+        """
         with self._lock:
             view = self._view
-            if view is None or appended.position.epoch != view.position.epoch:
+            if view is None or not appended.entries or appended.position.epoch != view.position.epoch:
                 return False
             tail = view.tail.followed_by(appended.entries)
             if tail is None or tail.position != appended.position:

@@ -80,7 +80,7 @@ class Revoker:
             self._audit.refusal(refused)
             raise
         else:
-            return appended.entries[-1].version
+            return appended.standing[-1].version
 
     def _admit(self, workload: Workload, mono: float) -> None:
         retry_after = self._admission.admit(str(workload.spiffe_id), 1, mono)
@@ -90,6 +90,8 @@ class Revoker:
 
     async def revoke(self, entry: NewRevocation, *, certificate: str) -> Appended:
         """Make `entry` durable, record it, and return how it was written. Raises `RefusedError` where the store cannot.
+
+        One that would change nothing is not written, and not recorded: what holds in its place is in `standing`.
 
         `certificate`: the leaf of whoever asks, by its ``x5t#S256``.
         """
@@ -113,6 +115,8 @@ class Revoker:
             )
             for written in appended.entries
         ]
+        if not records:
+            return appended
         try:
             await self._record(records)
         except AuditUnavailableError as error:

@@ -195,7 +195,9 @@ class Telemetry:
         self.log.error("key_lost", kid=kid, cause=str(error))
 
     def permitted(self, permit: Permit, left_behind: Sequence[VerifierSession]) -> None:
-        """Log the permit for a key, and count and name the verifiers that it left behind."""
+        """Log the permit for a key, and count and name the verifiers that it left behind; by who gave it alone."""
+        if permit.repeated:
+            return
         self.left_behind.inc(len(left_behind))
         log = self.log.warning if left_behind else self.log.info
         log(

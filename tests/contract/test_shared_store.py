@@ -161,6 +161,63 @@ def test_reader_who_is_ahead_sees_the_lower_position(place: StorePlace):
     assert (True, last) == (page.snapshot, page.position)
 
 
+def test_what_is_revoked_already_is_not_written_again(place: StorePlace):
+    """Another broker revokes the same token: it gets the version that holds already, and the log stays as it is."""
+    store, other = place.open(), place.open()
+    once = revoked(place, "A" * 22, RevocationKind.TOKEN)
+    (first,) = store.revocations.append([once]).entries
+    before = store.revocations.read(None).position
+    again = other.revocations.append([once])
+    assert ((), (first,), before) == (again.entries, again.standing, again.position)
+    assert before == store.revocations.read(None).position
+    # Beside one that is new, which gets the next version; and twice in one call.
+    new = revoked(place, "B" * 22, RevocationKind.TOKEN)
+    mixed = other.revocations.append([once, new, new])
+    assert [2] == [entry.version for entry in mixed.entries]
+    assert [1, 2, 2] == [entry.version for entry in mixed.standing]
+    page = store.revocations.read(before)
+    assert (mixed.entries, mixed.position) == (page.entries, page.position)
+    assert mixed.position.digest == chain(GENESIS_DIGEST, (first, *mixed.entries))
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "is_written"),
+    [
+        ((RevocationKind.TOKEN, 2 * HOUR), (RevocationKind.TOKEN, HOUR), False),
+        ((RevocationKind.TOKEN, HOUR), (RevocationKind.TOKEN, 2 * HOUR), True),
+        ((RevocationKind.ROOT, HOUR), (RevocationKind.TOKEN, HOUR), False),
+        ((RevocationKind.TOKEN, HOUR), (RevocationKind.ROOT, HOUR), True),
+        ((RevocationKind.SUBJECT, 2 * HOUR), (RevocationKind.SUBJECT, HOUR), True),
+        ((RevocationKind.BLOCK, None), (RevocationKind.BLOCK, None), True),
+        ((RevocationKind.LIFT, HOUR), (RevocationKind.LIFT, HOUR), True),
+    ],
+    ids=str,
+)
+def test_only_what_lasts_as_long_and_reaches_as_far_stands_for_another(
+    place: StorePlace,
+    held: tuple[RevocationKind, timedelta | None],
+    asked: tuple[RevocationKind, timedelta | None],
+    is_written: bool,
+):
+    """A shorter one, one of fewer tokens, and one that says by its version what it means do not."""
+    store = place.open()
+    value = "A" * 22 if held[0] in {RevocationKind.TOKEN, RevocationKind.ROOT} else ALICE
+    store.revocations.append([revoked(place, value, held[0], lasts=held[1])])
+    appended = store.revocations.append([revoked(place, value, asked[0], lasts=asked[1])])
+    assert is_written == bool(appended.entries)
+    assert [2 if is_written else 1] == [entry.version for entry in appended.standing]
+
+
+def test_many_at_once_that_are_there_already_are_found(place: StorePlace):
+    """More than one statement can name."""
+    store = place.open()
+    news = [revoked(place, f"token-{number:016}", RevocationKind.TOKEN) for number in range(700)]
+    store.revocations.append(news)
+    appended = store.revocations.append([*news, revoked(place, "A" * 22, RevocationKind.TOKEN)])
+    assert [701] == [entry.version for entry in appended.entries]
+    assert list(range(1, 702)) == [entry.version for entry in appended.standing]
+
+
 # Epochs
 
 
@@ -174,14 +231,14 @@ def restored(place: StorePlace, *, lost: int, since: int = 0) -> tuple[Revocatio
     place.close()
     restore = place.backup()
     store = place.open()
-    for _ in range(lost):
-        store.revocations.append([revoked(place, "B" * 22, RevocationKind.TOKEN)])
+    for number in range(lost):
+        store.revocations.append([revoked(place, f"lost-{number:016}", RevocationKind.TOKEN)])
     known = store.revocations.read(None)
     place.close()
     restore()
     store = place.open()
-    for _ in range(since):
-        store.revocations.append([revoked(place, "C" * 22, RevocationKind.TOKEN)])
+    for number in range(since):
+        store.revocations.append([revoked(place, f"since-{number:016}", RevocationKind.TOKEN)])
     return known, store.revocations.read(None).position
 
 
@@ -507,6 +564,16 @@ def test_overdue_permit_that_nobody_missed_says_so(place: StorePlace):
     permit = place.open().rollout.permit(1, "k1", overdue=True)
     assert isinstance(permit, Permit)
     assert not permit.overdue
+
+
+def test_a_permit_is_news_to_who_gives_it_and_to_nobody_else(place: StorePlace):
+    """Whoever asks later is told that it was given before, so that one broker says who was left behind."""
+    store, other = place.open(), place.open()
+    store.replicas.renew(report())
+    store.sessions.write([joined()])
+    permits = [broker.rollout.permit(2, "k2", overdue=True) for broker in (store, other, store)]
+    assert [False, True, True] == [isinstance(one, Permit) and one.repeated for one in permits]
+    assert permits[0] == permits[1] == permits[2] == store.rollout.state().permit
 
 
 def test_verifiers_of_a_broker_that_is_gone_count_until_their_staleness(place: StorePlace):

@@ -13,9 +13,10 @@ import pytest
 from sqlalchemy import Connection, event
 
 from carnet.errors import ConfigError
-from carnet.revocations import Revocation, next_digest
+from carnet.revocations import Revocation, RevocationKind, next_digest
 from carnet_broker.core.rollout import Permit
 from carnet_broker.edges.store import SharedStore
+from carnet_broker.edges.store.migrate import SCHEMA_VERSION
 from carnet_broker.ports import Acknowledged, LogPosition, SessionOutcome, WaitingFor
 from support.store_places import (
     ALICE,
@@ -122,6 +123,31 @@ def test_append_waits_for_the_one_before_and_a_reader_sees_no_gap(real: Real, po
     stalled.go_on()
     assert 2 == second.result(20).entries[0].version
     assert [1, 2] == [entry.version for entry in reader.revocations.read(start).entries]
+
+
+def test_two_that_revoke_one_token_at_once_write_it_once(real: Real, pool: ThreadPoolExecutor):
+    """A has written it and stalls before its commit; B waits for that, finds it, and gets its version."""
+    a, b = real.open(), real.open()
+    same = revoked(real, "A" * 22, RevocationKind.TOKEN)
+    stalled = Stalled(pool, a, lambda: a.revocations.append([same]))
+    second = pool.submit(b.revocations.append, [same])
+    assert waits(second)
+    stalled.go_on()
+    appended = second.result(20)
+    assert ((), [1]) == (appended.entries, [entry.version for entry in appended.standing])
+    assert 2 == b.revocations.append([revoked(real)]).entries[0].version
+
+
+def test_eight_that_revoke_the_same_tokens_leave_each_once_and_no_gap(place: StorePlace):
+    """Each of 8 threads revokes all of 40 tokens: versions are exactly 1 to 40, and all are told the same ones."""
+    news = [revoked(place, f"token-{number:016}", RevocationKind.TOKEN) for number in range(40)]
+    stores = [patient(place) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(lambda store: [store.revocations.append([new]).standing[0] for new in news], stores))
+    assert all(one == told[0] for one in told)
+    page = stores[0].revocations.read(None)
+    assert list(range(1, 41)) == [entry.version for entry in page.entries]
+    assert set(told[0]) == set(page.entries)
 
 
 def test_append_that_fails_at_its_commit_leaves_no_gap(real: Real):
@@ -358,16 +384,18 @@ def test_many_brokers_start_on_an_empty_store_at_once(real: Real):
     assert 1 == len({store.revocations.read(None).position for store in stores})
 
 
-@pytest.mark.parametrize("compatible_from", [1, 2])
+@pytest.mark.parametrize("compatible_from", [SCHEMA_VERSION, SCHEMA_VERSION + 1])
 def test_software_of_before_runs_beside_the_next_version_only_where_that_one_says_so(real: Real, compatible_from: int):
     """A newer database refuses to start, in one line that says what to do, unless it declares itself compatible."""
     real.open().mirror.save(1, {}, None)
-    statement = f"UPDATE schema_state SET version = 2, compatible_from = {compatible_from}"  # noqa: S608 - a number
+    statement = f"UPDATE schema_state SET version = {SCHEMA_VERSION + 1}, compatible_from = {compatible_from}"  # noqa: S608 - a number
     store = real.open()
     with store._database.write() as transaction:
         transaction.connection.exec_driver_sql(statement)
-    if compatible_from == 1:
+    if compatible_from == SCHEMA_VERSION:
         assert real.open().mirror.load() is not None
     else:
-        with pytest.raises(ConfigError, match=r"tables of version 2.*start the newer software again, or restore"):
+        with pytest.raises(
+            ConfigError, match=rf"tables of version {SCHEMA_VERSION + 1}.*start the newer software again, or restore"
+        ):
             real.open()

@@ -117,7 +117,7 @@ def test_what_was_revoked_between_restoration_and_discovery_is_raised_above_all(
     store.close()
     put_back = place.backup()
     store = place.open()
-    store.revocations.append([revoked(place, "B" * 22, RevocationKind.TOKEN)] * 3)
+    store.revocations.append([revoked(place, letter * 22, RevocationKind.TOKEN) for letter in "BCD"])
     known = store.revocations.read(None)
     store.close()
     put_back()

@@ -30,7 +30,7 @@ from carnet_broker.core.rollout import (
     recounts_for_a_claim,
 )
 from carnet_broker.edges.store.cleaning import KEPT, SETTLED, SlowClock
-from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
+from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, entered, follows, lacking, numbered
 from carnet_broker.edges.store.replicas import was_forgotten
 from carnet_broker.ports import (
     Acknowledged,
@@ -203,12 +203,13 @@ class FakeRevocations:
     def append(self, entries: Sequence[NewRevocation]) -> Appended:
         """Enter `entries`."""
         with self._store.data.transaction() as tables:
-            first = tables.position.version + 1
-            written = tuple(numbered(new, version) for version, new in enumerate(entries, first))
+            pairs, standing = entered(entries, tables.entries, tables.position.version)
+            written = tuple(entry for entry, _ in pairs)
             tables.entries.extend(written)
             tables.position = _after(tables.position, written)
-            appended = Appended(entries=written, position=tables.position, at=self._store.data.now())
-        self._store.changed()
+            appended = Appended(written, tables.position, self._store.data.now(), standing)
+        if written:
+            self._store.changed()
         return appended
 
     def read(self, after: LogPosition | None) -> RevocationPage:
@@ -329,7 +330,7 @@ class FakeRollout:
             now = self._store.data.now()
             given = tables.permit
             if given is not None and given.generation == generation:
-                return given if given.kid == kid else WaitingFor(laggards=())
+                return replace(given, repeated=True) if given.kid == kid else WaitingFor(laggards=())
             if generation > tables.rollout.generation:
                 _raise(tables, generation, kid, now)
             sessions = [session for _, session in tables.sessions.values()]

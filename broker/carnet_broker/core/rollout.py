@@ -23,7 +23,7 @@ Rules
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -109,6 +109,8 @@ class Permit:
     given_at: datetime
     overdue: bool
     """True when the deadline was over, and some verifiers had not acknowledged."""
+    repeated: bool = field(default=False, compare=False)
+    """True when it was given before, perhaps to another broker: then it is no news."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,8 @@ class Appended:
     entries: tuple[Revocation, ...]
     position: LogPosition
     at: datetime
+    standing: tuple[Revocation, ...] = ()
+    """For each that was asked for the entry that is in force for it: one of `entries`, or one of before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,10 @@ class RevocationLog(Protocol):
     """The revocations of all brokers, in one gap-free order."""
 
     def append(self, entries: Sequence[NewRevocation]) -> Appended:
-        """Make `entries` durable, in their order, with the next versions; two calls never share or skip one."""
+        """Make `entries` durable, in their order, with the next versions; two calls never share or skip one.
+
+        One that would change nothing, because an entry that is there lasts as long and reaches as far, is not written.
+        """
 
     def read(self, after: LogPosition | None) -> RevocationPage:
         """Return what came after `after`: a snapshot for None, another epoch or digest, or where entries in between

@@ -118,7 +118,7 @@ class Desk:
             for version, new in enumerate(entries, 3 + len(self.appended))
         )
         position = LogPosition(1_700_000_000_000, written[-1].version, GENESIS_DIGEST)
-        return Appended(entries=written, position=position, at=T0 + SECOND)
+        return Appended(entries=written, position=position, at=T0 + SECOND, standing=written)
 
     async def _record(self, records: Sequence[RevocationRecord]) -> None:
         if self.record_fails:

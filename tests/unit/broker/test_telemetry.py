@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from structlog.testing import capture_logs
 from carnet.errors import ConfigError
 from carnet.log_lines import LineLimit
 from carnet_broker.core.keyring import CreateKey, PublishKey
+from carnet_broker.core.rollout import Permit, VerifierSession
 from carnet_broker.core.workload import IdentityReason, UnauthenticatedError, Workload
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
 from carnet_broker.ports import KeyLostError, KeyStoreUnavailableError
@@ -258,3 +260,24 @@ def test_b10_as_text_each_event_is_one_line_too():
 def test_the_level_is_kept_and_libraries_do_not_chat(level, expected):
     """A library is heard from its warnings on, whatever the level."""
     assert expected == len(logged("json", level))
+
+
+def test_a_permit_that_another_broker_gave_is_neither_logged_nor_counted(telemetry, log):
+    """The one that gave it names whom it left behind; three brokers would count one verifier three times."""
+    permit = Permit(generation=2, kid="k2", given_at=T0, overdue=True)
+    late = VerifierSession(
+        spiffe_id=str(ORDERS),
+        instance_id="one",
+        audience="payments",
+        replica_id="r",
+        generation=1,
+        generation_at=T0,
+        revocation_version=0,
+        revocation_at=T0,
+        max_staleness=timedelta(minutes=5),
+    )
+    for given in (permit, replace(permit, repeated=True), replace(permit, repeated=True)):
+        telemetry.permitted(given, [late])
+    assert ["key_permitted"] == [entry["event"] for entry in log]
+    assert 1 == log[0]["missing"]
+    assert 1 == telemetry.registry.get_sample_value("carnet_verifiers_left_behind_total")

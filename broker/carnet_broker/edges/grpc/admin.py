@@ -52,7 +52,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             appended = await self._administration.revoke(
                 workload, kind, value, ends_at=_moment(request), reason=request.reason
             )
-            entry = appended.entries[-1]
+            entry = appended.standing[-1]
             response = admin_pb2.RevokeResponse(epoch=appended.position.epoch, revocation_version=entry.version)
             response.created_at.FromDatetime(appended.at)
             if entry.expires_at is not None:

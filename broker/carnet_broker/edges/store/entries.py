@@ -10,7 +10,7 @@ from carnet.errors import InvalidRevocationError
 from carnet.revocations import Revocation, RevocationKind, check_entry, next_digest
 from carnet_broker.ports import LogPosition, NewRevocation
 
-__all__ = ["EPOCH_JUMP", "chained", "follows", "lacking", "numbered"]
+__all__ = ["EPOCH_JUMP", "chained", "covers", "entered", "follows", "lacking", "numbered"]
 
 EPOCH_JUMP: Final = 1_000_000
 """How far above everything seen the versions of a new epoch begin. What the lost part of the old one held is within."""
@@ -34,6 +34,39 @@ def numbered(new: NewRevocation, version: int) -> Revocation:
             msg = f"who asked for revocation {version}, or why, is not printable, or longer than {_LONGEST_TEXT}"
             raise InvalidRevocationError(msg)
     return entry
+
+
+def covers(held: Revocation, new: NewRevocation) -> bool:
+    """Say whether `new` would change nothing while `held` is there: it lasts as long and reaches as far.
+
+    Only where no version has a say. A SUBJECT, a BLOCK and a LIFT get theirs because of what came before them, so each
+    of them says something that no earlier one does.
+    """
+    if new.expires_at is None or held.expires_at is None or new.kind in _BY_VERSION:
+        return False
+    reaches = held.kind is new.kind or (held.kind, new.kind) == (RevocationKind.ROOT, RevocationKind.TOKEN)
+    return reaches and held.value == new.value and held.expires_at >= new.expires_at
+
+
+def entered(
+    news: Sequence[NewRevocation], held: Iterable[Revocation], version: int
+) -> tuple[list[tuple[Revocation, NewRevocation]], tuple[Revocation, ...]]:
+    """Return what is to be written after `version`, and for each of `news` the entry that stands for it.
+
+    That is an earlier one where it covers it, of `held` or of `news`. Raises `InvalidRevocationError`.
+    """
+    written, standing = list[tuple[Revocation, NewRevocation]](), list[Revocation]()
+    there: dict[str, list[Revocation]] = {}
+    for known in held:
+        there.setdefault(known.value, []).append(known)
+    for new in news:
+        entry = numbered(new, version + len(written) + 1)  # Also where it is not written: what cannot be is refused.
+        earlier = next((one for one in there.get(new.value, ()) if covers(one, new)), None)
+        if earlier is None:
+            there.setdefault(new.value, []).append(entry)
+            written.append((entry, new))
+        standing.append(earlier or entry)
+    return written, tuple(standing)
 
 
 def chained(digest: bytes, entries: Iterable[Revocation]) -> bytes:

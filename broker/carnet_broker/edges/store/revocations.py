@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Row, Select, insert, select, update
 
 from carnet.errors import InvalidRevocationError
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, check_entry
 from carnet_broker.core.lost_entries import epoch_of, outrun_entries, raised
 from carnet_broker.edges.store.database import UNAVAILABLE, Database, Transaction, nonsense
-from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, follows, lacking, numbered
+from carnet_broker.edges.store.entries import EPOCH_JUMP, chained, entered, follows, lacking, numbered
 from carnet_broker.edges.store.rollout import note_restoration
 from carnet_broker.edges.store.tables import ONLY_ROW, revocation_log, revocations
 from carnet_broker.ports import Appended, LogPosition, NewRevocation, RevocationPage, StoreUnavailableError
 
 __all__ = ["StoredRevocations"]
 
+_NAMED_AT_MOST: Final = 500
+"""Values in one statement: databases bound what it can hold."""
 _ENTRY = (
     revocations.c.version,
     revocations.c.kind,
@@ -35,7 +37,7 @@ class StoredRevocations:
         self._database = database
 
     def append(self, entries: Sequence[NewRevocation]) -> Appended:
-        """Make `entries` durable, in their order, with the next versions.
+        """Make `entries` durable, in their order, with the next versions, but for those that would change nothing.
 
         Raises `InvalidRevocationError` for one that cannot be, and then enters none; `StoreUnavailableError`. After
         that one they may be there all the same, if the answer was lost: entering them again does no harm.
@@ -45,9 +47,10 @@ class StoredRevocations:
             now = transaction.now()
             if not entries:
                 return Appended(entries=(), position=log, at=now)
-            written = tuple(numbered(new, log.version + place) for place, new in enumerate(entries, 1))
-            position = _enter(transaction, log, list(zip(written, entries, strict=True)), now)
-        return Appended(entries=written, position=position, at=now)
+            # Under the lock of the log: so of two brokers that revoke the same token one writes it.
+            pairs, standing = entered(entries, _perhaps_covering(transaction, entries), log.version)
+            position = _enter(transaction, log, pairs, now) if pairs else log
+        return Appended(entries=tuple(entry for entry, _ in pairs), position=position, at=now, standing=standing)
 
     def read(self, after: LogPosition | None) -> RevocationPage:
         """Return what came after `after`, or all that is in force (see the port).
@@ -99,6 +102,21 @@ class StoredRevocations:
             return _enter(transaction, start, entries, transaction.now())
 
 
+def _perhaps_covering(transaction: Transaction, news: Sequence[NewRevocation]) -> list[Revocation]:
+    """Return the entries that name what `news` name, and last as long as the first of them to end.
+
+    By the index of ends: what is revoked again was mostly revoked a while ago, so few entries last longer.
+    """
+    ends = [new.expires_at for new in news if new.expires_at is not None]
+    if not ends:
+        return []
+    values = {new.value for new in news}
+    query = select(*_ENTRY).where(revocations.c.expires_at >= min(ends))
+    if len(values) <= _NAMED_AT_MOST:
+        query = query.where(revocations.c.value.in_(values))
+    return _entries_of(transaction, query.order_by(revocations.c.version))
+
+
 def _enter(
     transaction: Transaction, log: LogPosition, entries: list[tuple[Revocation, NewRevocation]], now: datetime
 ) -> LogPosition:
@@ -143,7 +161,12 @@ def _position(transaction: Transaction, *, lock: bool = False) -> LogPosition:
 
 
 def _entries(transaction: Transaction, after: int = 0) -> list[Revocation]:
-    query = select(*_ENTRY).where(revocations.c.version > after).order_by(revocations.c.version)
+    return _entries_of(
+        transaction, select(*_ENTRY).where(revocations.c.version > after).order_by(revocations.c.version)
+    )
+
+
+def _entries_of(transaction: Transaction, query: Select[*tuple[Any, ...]]) -> list[Revocation]:
     try:
         return [_entry(row) for row in transaction.connection.execute(query)]
     except (ValueError, TypeError, OverflowError, InvalidRevocationError):

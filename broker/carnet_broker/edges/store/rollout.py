@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Row, select, tuple_, update
@@ -54,7 +55,7 @@ class StoredRollout:
             row = _locked(transaction)
             given = _permit(row)
             if given is not None and (given.generation, given.kid) == (generation, kid):
-                return given
+                return replace(given, repeated=True)
             if given is not None and given.generation == generation:
                 return WaitingFor(laggards=())  # One generation publishes one key.
             if generation > row.generation:
