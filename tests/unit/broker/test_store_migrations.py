@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import subprocess
 import sys
 import zipfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from cryptography.hazmat.primitives.asymmetric import ec
+from sqlalchemy import create_engine, text
 
+from carnet_broker.core.keyring_document import keyring_of_content, keyring_to_content
+from carnet_broker.core.mirror import MirrorCopy, MirrorNotBelievedError, MirrorSignature, mirror_signing_input
 from carnet_broker.edges.store import migrate, open_store
 from carnet_broker.edges.store.tables import metadata
+from carnet_broker.edges.vault.kv_store import KvSigner
+from carnet_broker.ports import MirroredKeyring
+from support.keyrings import ISSUER, jwk, running
 from support.store_places import PostgresPlace, SqlitePlace
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,9 +64,49 @@ def test_migrating_again_changes_nothing(tmp_path: Path):
         assert (7, position) == (store.rollout.state().generation, store.revocations.read(None).position)
 
 
+def test_a_mirror_of_the_version_before_is_found_and_not_believed(tmp_path: Path):
+    """Tables of version 1 with a mirror in them are brought up to date. What the version before writes into those of
+    version 2, with its own statement, leaves a signature that is of another text.
+    """
+    file = tmp_path / "store.db"
+    file.touch(0o600)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    engine = create_engine(f"sqlite:///{file}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(text("INSERT INTO schema_state VALUES (1, 1, 1)"))
+        written = "INSERT INTO keyring_mirror (id, generation, content, saved_at) VALUES (1, 5, :content, 0)"
+        connection.execute(text(written), {"content": json.dumps(keyring_to_content(running(), store="kv"))})
+    engine.dispose()
+    with closing(open_store(f"sqlite:///{file}")) as store:
+        assert "it is not signed" in why_not_believed(store.mirror.load())
+        content = keyring_to_content(running(), store="kv")
+        key = ec.derive_private_key(1_000_003, ec.SECP256R1())
+        signing_input = mirror_signing_input(content, issuer=ISSUER, generation=5)
+        store.mirror.save(5, content, MirrorSignature(jwk(0).kid, KvSigner(jwk(0).kid, key).sign(signing_input)))
+        signed = store.mirror.load()
+        assert signed is not None
+        MirrorCopy(running(), signed.generation, signed.content, signed.signature).check(running())
+        later = json.dumps(keyring_to_content(replace(running(), generation=6), store="kv"))
+        with closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute("UPDATE keyring_mirror SET generation = 6, content = ?, saved_at = 1", (later,))
+        assert "its signature is not one of key" in why_not_believed(store.mirror.load())
+
+
+def why_not_believed(found: MirroredKeyring | None) -> str:
+    """Return why a mirror is not believed by somebody who trusts `running()`."""
+    assert found is not None
+    keyring = keyring_of_content(found.content, issuer=ISSUER, store="kv")
+    with pytest.raises(MirrorNotBelievedError) as error:
+        MirrorCopy(keyring, found.generation, found.content, found.signature).check(running())
+    return str(error.value)
+
+
 def test_wheel_holds_the_migrations(tmp_path: Path):
     """A broker that was installed from the wheel makes its tables."""
-    command = [
+    build = [
         sys.executable,
         "-m",
         "pip",
@@ -65,7 +118,7 @@ def test_wheel_holds_the_migrations(tmp_path: Path):
         tmp_path,
         ROOT,
     ]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    built = subprocess.run(build, capture_output=True, text=True, check=False)
     assert 0 == built.returncode, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from carnet.errors import ConfigError
 from carnet.log_lines import LineLimit
 from carnet_broker.core.keyring import CreateKey, PublishKey
+from carnet_broker.core.mirror import MirrorNotBelievedError
 from carnet_broker.core.rollout import Permit, VerifierSession
 from carnet_broker.core.workload import IdentityReason, UnauthenticatedError, Workload
 from carnet_broker.issuance import Refusal, RefusalReason, RefusedError
@@ -141,6 +142,22 @@ def test_steps_keys_and_the_generation_in_force_are_shown(telemetry, log):
         ("keyring_step", "PublishKey", jwk(1).kid),
         ("key_lost", None, jwk(0).kid),
     ] == told
+
+
+def test_a_mirror_that_is_not_believed_is_an_alarm_and_a_keyring_that_is_not_kept_a_warning(telemetry, log):
+    """Each with what there is to know."""
+    telemetry.mirror_refused(MirrorNotBelievedError("it is not signed"))
+    assert 1 == value(telemetry, "carnet_mirrors_refused_total")
+    telemetry.keyring_not_kept(OSError(28, "No space left on device", "/audit/keyring.json"))
+    assert [
+        {"event": "mirror_refused", "log_level": "error", "problem": "it is not signed"},
+        {
+            "event": "keyring_not_kept",
+            "log_level": "warning",
+            "file": "/audit/keyring.json",
+            "problem": "No space left on device",
+        },
+    ] == log
 
 
 def test_tokens_are_counted(telemetry):
