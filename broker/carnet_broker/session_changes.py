@@ -12,20 +12,23 @@ Rules
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final, Protocol
 
 from carnet_broker.ports import Acknowledged, Joined, Left, SessionChange, SessionOutcome
 
-__all__ = ["ENDED_STREAMS", "VERIFIERS", "Report", "Said", "SessionChanges"]
+__all__ = ["BATCHES", "ENDED_STREAMS", "VERIFIERS", "Report", "Said", "SessionChanges"]
 
 ENDED_STREAMS: Final = 8
 """Streams of one verifier of which the store is told that they have ended."""
 VERIFIERS: Final = 20_000
 """More than a broker serves at the same time."""
+BATCHES: Final = 4
+"""Taken out in one round."""
 _NOT_COUNTED: Final = SessionOutcome(live=False)
 
 
@@ -78,6 +81,18 @@ class SessionChanges:
             else:
                 outdone = _append(self._of.setdefault(key, []), said)
         _tell_outdone(outdone)
+
+    def __len__(self) -> int:
+        """Return how many verifiers have something that is not taken."""
+        return len(self._of)
+
+    def batches(self, count: int, *, everything: bool) -> Iterator[list[Said]]:
+        """Take out some batches of `count`, or all there are: what else there is to do in a round has its turn."""
+        for _ in itertools.count() if everything else range(BATCHES):
+            batch = self.take(count)
+            if not batch:
+                return
+            yield batch
 
     def take(self, count: int) -> list[Said]:
         """Take out `count` changes, or some more: all of a verifier are taken together."""

@@ -218,11 +218,11 @@ class StoreLoop:
         self._expire()
 
     def _write(self) -> None:
-        """Do what is due of a round but reading the log."""
+        """Do what is due of a round but reading the log. The lease first: verifiers may have ever so much to say."""
         mono = self._clock.mono()
-        self._write_sessions()
         if mono - self._renewed_at >= self._renew_every or self._generation() != self._renewed_generation:
             self._renew()
+        self._write_sessions()
         self._look_for_a_newer_keyring(mono)
         if self._seen is not None and mono - self._counted_at >= _COUNT_EVERY:
             self._count_verifiers(self._seen)
@@ -289,7 +289,7 @@ class StoreLoop:
 
     def _write_sessions(self) -> None:
         """Write what verifiers have said. What cannot be written now stays for the next round."""
-        while batch := self._said.take(_BATCH):
+        for batch in self._said.batches(_BATCH, everything=self._stopping):
             mono = self._clock.mono()
             try:
                 outcomes = self._store.sessions.write([said.aged(mono) for said in batch])
@@ -299,6 +299,8 @@ class StoreLoop:
             for said, outcome in zip(batch, outcomes, strict=True):
                 said.tell(outcome)
             self._sessions_written([said.change for said in batch])
+        with self._due:
+            self._bring_forward(self._writing, _GATHER_LONGER_FOR if len(self._said) else self._poll_interval)
 
     def _count_verifiers(self, seen: ReplicasSeen) -> None:
         """Tell how many verifiers are live, of all brokers."""

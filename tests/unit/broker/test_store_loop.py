@@ -628,3 +628,48 @@ def test_what_verifiers_have_said_is_passed_on_once_the_store_has_it(data, clock
     data.down = False
     replica.loop.round()
     assert [left] == replica.heard.written
+
+
+# -- fairness ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_storm_of_verifiers_does_not_keep_the_lease_from_its_renewal(data, clock):
+    """The lease comes first, and a round ends although there is more to write; the next one goes on with it."""
+    replica = Replica(data, clock)
+    write, renew = replica.store.sessions.write, replica.store.replicas.renew
+    done: list[str] = []
+    numbers = iter(range(10**9))
+
+    def add(count: int) -> None:
+        for _ in range(count):
+            replica.loop.report(Joined(session(f"v{next(numbers)}"), "s"))
+
+    def writing(changes):
+        done.append("sessions")
+        if len(done) < 50:
+            add(len(changes))  # There is always more, as long as this goes on.
+        return write(changes)
+
+    def renewing(report):
+        done.append("lease")
+        return renew(report)
+
+    replica.store.sessions.write = writing
+    replica.store.replicas.renew = renewing
+    add(500)
+    replica.loop.round()
+    assert ["lease", *["sessions"] * 4] == done
+    clock.move(6)
+    replica.loop.round()
+    assert ["lease", *["sessions"] * 4] * 2 == done
+
+
+def test_what_is_left_is_written_when_the_broker_stops(data, clock):
+    """However much it is."""
+    data.sessions_per_identity = 10_000
+    replica = Replica(data, clock)
+    for number in range(2_600):
+        replica.loop.report(Joined(session(f"v{number}"), "s"))
+    replica.loop._stopping = True
+    replica.loop.round()
+    assert 2_600 == len(replica.store.sessions.all())
