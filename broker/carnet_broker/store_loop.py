@@ -42,7 +42,8 @@ from carnet_broker.store_parts import Claim, StoreEvents, StorePorts, StoreTimin
 
 __all__ = ["StoreEvents", "StoreLoop", "StorePorts", "StoreTiming"]
 
-_AT_ONCE: Final = 0.0
+_AFTER_READING: Final = 0.1
+"""Seconds by which the rest of a round gives way to the reading, which verifiers wait for."""
 _GATHER_FOR: Final = 0.02
 """Seconds for which what verifiers say is gathered, so that a storm of them is a few transactions."""
 _GATHER_LONGER_FOR: Final = 0.25
@@ -187,12 +188,12 @@ class StoreLoop:
         except TimeoutError:
             return False
 
-    def wake(self, within: float = _AT_ONCE) -> None:
+    def wake(self, within: float = 0.0) -> None:
         """Do a round within that many seconds: something has changed in the store."""
         with self._due:
             self._told = True
-            for turns in (self._reading, self._writing):
-                self._bring_forward(turns, within)
+            self._bring_forward(self._reading, within)
+            self._bring_forward(self._writing, within + _AFTER_READING)
 
     def start(self) -> None:
         """Start the threads."""

@@ -27,10 +27,11 @@ from typing import Final, Self
 
 from cryptography import x509
 
-from carnet.claims import Claims, certificate_thumbprint, parse_certificate
+from carnet.claims import Claims
 from carnet.keyset_polling import AsyncKeySetPoller, KeySetPoller
 from carnet.keyset_source import AsyncKeySetSource, AsyncTrustServiceSource, KeySetSource, TrustServiceSource
 from carnet.keysets import OnStale
+from carnet.peer import peer_of
 from carnet.persisted import StateKeeper
 from carnet.trust_servers import AsyncTrustChannels, TrustChannels
 from carnet.trust_state import VerifierStatus
@@ -89,14 +90,13 @@ class Verifier(Verification[KeySetSource]):
         `InvalidIdentityError` (`peer_certificate` is no certificate).
         """
         poller = self._running()
-        peer = None if peer_certificate is None else parse_certificate(peer_certificate)
-        thumbprint = None if peer is None else certificate_thumbprint(peer)
+        peer = None if peer_certificate is None else peer_of(peer_certificate)
         choice = None if on_stale is None else self._on_stale(on_stale)
         unverified = parse_unverified(token)  # Once: a flood of unknown keys costs this and little more.
-        claims = self._verify_known(unverified, peer, thumbprint, now, choice)
+        claims = self._verify_known(unverified, peer, now, choice)
         if claims is None:
             poller.obtain(unverified.kid)
-            claims = self._verify_known(unverified, peer, thumbprint, now, choice)
+            claims = self._verify_known(unverified, peer, now, choice)
         if claims is None:
             raise self._lost()
         return claims
@@ -193,14 +193,13 @@ class AsyncVerifier(Verification[AsyncKeySetSource]):
     ) -> Claims:
         """Do what `Verifier.verify` does; waiting for an unknown key holds up this task only."""
         poller = self._running()
-        peer = None if peer_certificate is None else parse_certificate(peer_certificate)
-        thumbprint = None if peer is None else certificate_thumbprint(peer)
+        peer = None if peer_certificate is None else peer_of(peer_certificate)
         choice = None if on_stale is None else self._on_stale(on_stale)
         unverified = parse_unverified(token)  # Once: a flood of unknown keys costs this and little more.
-        claims = self._verify_known(unverified, peer, thumbprint, now, choice)
+        claims = self._verify_known(unverified, peer, now, choice)
         if claims is None:
             await poller.obtain(unverified.kid)
-            claims = self._verify_known(unverified, peer, thumbprint, now, choice)
+            claims = self._verify_known(unverified, peer, now, choice)
         if claims is None:
             raise self._lost()
         return claims

@@ -10,18 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import lru_cache
 from typing import Final, Generic, TypeVar
 
 from cryptography import x509
 
 from carnet import settings
-from carnet.certificate_names import certificate_names
 from carnet.claims import Claims
 from carnet.errors import ConfigError, InvalidTokenError, InvalidTokenReason, KeySetUnavailableError
 from carnet.identity import Identity, StrPath
 from carnet.keyset_source import AsyncKeySetSource, KeySetSource
 from carnet.keysets import KeySetRules, OnStale
+from carnet.peer import PeerCertificate, peer_of
 from carnet.persisted import StateFile, StateFileError, StateKeeper
 from carnet.revocations import Position
 from carnet.trust_servers import TrustServers, read_clocks
@@ -196,7 +195,7 @@ class Verification(ABC, Generic[_Source]):
     def is_revoked(self, claims: Claims, *, peer_certificate: x509.Certificate | None = None) -> bool:
         """Say whether a token that was verified has been revoked meanwhile, as far as is known here. Never waits."""
         try:
-            self._check_revoked(claims, peer_certificate)
+            self._check_revoked(claims, None if peer_certificate is None else peer_of(peer_certificate))
         except InvalidTokenError:
             return True
         return False
@@ -249,8 +248,7 @@ class Verification(ABC, Generic[_Source]):
     def _verify_known(
         self,
         unverified: UnverifiedToken,
-        peer: x509.Certificate | None,
-        thumbprint: str | None,
+        peer: PeerCertificate | None,
         now: datetime | None,
         on_stale: OnStale | None,
     ) -> Claims | None:
@@ -263,15 +261,15 @@ class Verification(ABC, Generic[_Source]):
             unverified,
             key=key,
             expectations=self._expectations,
-            peer_thumbprint=thumbprint,
+            peer_thumbprint=None if peer is None else peer.thumbprint,
             now=datetime.now(UTC) if now is None else now,
         )
         self._check_revoked(claims, peer)
         return claims
 
-    def _check_revoked(self, claims: Claims, peer: x509.Certificate | None) -> None:
+    def _check_revoked(self, claims: Claims, peer: PeerCertificate | None) -> None:
         revocations = self._state.revocations
-        names = _names_of(peer) if peer is not None and revocations.names_certificates else _NO_NAMES
+        names = peer.names if peer is not None and revocations.names_certificates else _NO_NAMES
         entry = revocations.refusal(claims, peer_names=names)
         if entry is not None:
             msg = f"the token is revoked, by revocation {entry.version} of kind {entry.kind}"
@@ -296,7 +294,3 @@ def _choose(kind: type[_Choice], name: str, value: str) -> _Choice:
     except ValueError:
         msg = f"{name} is {str(value)[:40]!r}: give {' or '.join(repr(str(choice)) for choice in kind)}"
         raise ConfigError(msg) from None
-
-
-# A service sees few certificates, each many times.
-_names_of = lru_cache(maxsize=1024)(certificate_names)

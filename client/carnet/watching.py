@@ -381,11 +381,11 @@ class AsyncWatcher(_Watching):
         why = ""
         call: _Call = TrustServiceStub(self._channels.get(target)).Watch()
         try:
-            await _write(call, request_message(protocol.hello(read_clocks())), _FIRST_ANSWER)
-            patience = _FIRST_ANSWER
+            await _write(call, request_message(protocol.hello(read_clocks())), patience := _FIRST_ANSWER)
             while (message := await self._next(call, patience)) is not None:
                 answer = self._take(target, protocol, message)
                 patience = protocol.patience.total_seconds()
+                await asyncio.sleep(0)  # First those who were waiting for the news, then the broker.
                 await _write(call, answer, patience)
             if self._stopped:
                 await self._take_leave(call, protocol)

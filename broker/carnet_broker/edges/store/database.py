@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, Protocol
 
-from sqlalchemy import Connection, Engine, Table
+from sqlalchemy import ColumnElement, Connection, Engine, Table
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from carnet.errors import ConfigError
@@ -48,12 +48,19 @@ class Backend(Protocol):
     reading: Mapping[str, Any]
     """Execution options of a transaction that reads: all of it sees one state."""
     writing: Mapping[str, Any]
+    asking: Mapping[str, Any]
+    """Those of one statement that reads, which is of one state by itself."""
+    time: ColumnElement[Any]
+    """What `time_in` makes the store's time of."""
 
     def bounded(self, limit: timedelta) -> AbstractContextManager[None]:
         """Bound what this thread does with the database inside of the block."""
 
     def clock(self, connection: Connection) -> datetime:
         """Return the store's time."""
+
+    def time_in(self, value: Any) -> datetime:  # noqa: ANN401 - as the driver gives it
+        """Return the store's time, where `value` is what the server said for `time`."""
 
     def signal(self, connection: Connection) -> None:
         """Have the listeners told when the transaction is committed."""
@@ -80,6 +87,15 @@ class Transaction:
     def now(self) -> datetime:
         """Return the store's time now."""
         return self._backend.clock(self.connection)
+
+    @property
+    def time(self) -> ColumnElement[Any]:
+        """The column of the store's time, for `time_in`."""
+        return self._backend.time
+
+    def time_in(self, value: Any) -> datetime:  # noqa: ANN401 - see Backend
+        """Return the store's time from the value of `time`."""
+        return self._backend.time_in(value)
 
     def insert(self, table: Table) -> Any:  # noqa: ANN401 - see Backend
         """Return an INSERT that knows `on_conflict_do_update`."""
@@ -124,6 +140,13 @@ class Database:
         """Begin a transaction that reads: everything of it is from one moment."""
         self._prepare_late()
         with self._connected(self.backend.reading, self._timeout) as transaction:
+            yield transaction
+
+    @contextmanager
+    def ask(self) -> Iterator[Transaction]:
+        """Begin what reads by one statement: that takes one round trip, where a transaction takes three and more."""
+        self._prepare_late()
+        with self._connected(self.backend.asking, self._timeout) as transaction:
             yield transaction
 
     @contextmanager

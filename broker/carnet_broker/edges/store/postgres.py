@@ -17,7 +17,8 @@ from typing import Any, Final, TypeVar
 import psycopg
 import sqlalchemy
 from psycopg.conninfo import make_conninfo
-from sqlalchemy import URL, Connection, Table, text
+from sqlalchemy import URL, ColumnElement, Connection, Table, func, text
+from sqlalchemy import select as select_of
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import QueuePool
@@ -66,6 +67,8 @@ class PostgresBackend:
 
     reading: Mapping[str, Any] = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
     writing: Mapping[str, Any] = {"isolation_level": "READ COMMITTED"}
+    asking: Mapping[str, Any] = {"isolation_level": "AUTOCOMMIT", "postgresql_readonly": True}
+    time: ColumnElement[Any] = func.clock_timestamp()
 
     def __init__(self, url: URL, *, password: str | Path | None, timeout: timedelta) -> None:
         """`password` may be a file, which is read for each connection. Raises `ConfigError`."""
@@ -95,8 +98,11 @@ class PostgresBackend:
 
     def clock(self, connection: Connection) -> datetime:
         """Return the server's time."""
-        now: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
-        return now.astimezone(UTC)
+        return self.time_in(connection.execute(select_of(self.time)).scalar_one())
+
+    def time_in(self, value: datetime) -> datetime:
+        """Return `value`, which is in the time zone of the session, in UTC."""
+        return value.astimezone(UTC)
 
     def signal(self, connection: Connection) -> None:
         """NOTIFY, with no data: what there is to know is in the tables."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Row, Select, insert, select, update
+from sqlalchemy import Row, and_, insert, outerjoin, select, update
 
 from carnet.errors import InvalidRevocationError
 from carnet.revocations import GENESIS_DIGEST, Revocation, RevocationKind, check_entry
@@ -21,6 +21,11 @@ __all__ = ["StoredRevocations"]
 
 _NAMED_AT_MOST: Final = 500
 """Values in one statement: databases bound what it can hold."""
+_POSITION = (
+    revocation_log.c.epoch.label("log_epoch"),
+    revocation_log.c.version.label("log_version"),
+    revocation_log.c.digest.label("log_digest"),
+)
 _ENTRY = (
     revocations.c.version,
     revocations.c.kind,
@@ -57,16 +62,31 @@ class StoredRevocations:
 
         A snapshot may hold entries that have ended: they are here until they are cleaned up.
         """
+        delta = None if after is None else self._delta(after)
+        if delta is not None:
+            return delta
         with self._database.read() as transaction:
             now = transaction.now()
             log = _position(transaction)
-            if after == log:
-                return RevocationPage(position=log, snapshot=False, entries=(), read_at=now)
-            if after is not None and after.epoch == log.epoch and after.version < log.version:
-                entries = _entries(transaction, after.version)
-                if follows(after, entries, log):
-                    return RevocationPage(position=log, snapshot=False, entries=tuple(entries), read_at=now)
             return RevocationPage(position=log, snapshot=True, entries=tuple(_entries(transaction)), read_at=now)
+
+    def _delta(self, after: LogPosition) -> RevocationPage | None:
+        """Return what came after `after`, by one statement; None where the log does not go on from there."""
+        newer = and_(revocations.c.version > after.version, revocation_log.c.epoch == after.epoch)
+        with self._database.ask() as transaction:
+            query = (
+                select(transaction.time.label("now"), *_POSITION, *_ENTRY)
+                .select_from(outerjoin(revocation_log, revocations, newer))
+                .where(revocation_log.c.id == ONLY_ROW)
+                .order_by(revocations.c.version)
+            )
+            rows = transaction.connection.execute(query).all()
+            log = _position_in(rows[0] if rows else None)
+            now = transaction.time_in(rows[0].now)
+        entries = _parsed(row for row in rows if row.version is not None)
+        if after == log or (after.epoch == log.epoch and after.version < log.version and follows(after, entries, log)):
+            return RevocationPage(position=log, snapshot=False, entries=tuple(entries), read_at=now)
+        return None
 
     def begin_epoch(self, *, seen: LogPosition, carry: Sequence[Revocation], now: datetime) -> LogPosition:
         """Begin a new epoch where the store is not a later state of what was `seen`; else do nothing (see the port).
@@ -114,7 +134,7 @@ def _perhaps_covering(transaction: Transaction, news: Sequence[NewRevocation]) -
     query = select(*_ENTRY).where(revocations.c.expires_at >= min(ends))
     if len(values) <= _NAMED_AT_MOST:
         query = query.where(revocations.c.value.in_(values))
-    return _entries_of(transaction, query.order_by(revocations.c.version))
+    return _parsed(transaction.connection.execute(query.order_by(revocations.c.version)))
 
 
 def _enter(
@@ -153,22 +173,23 @@ def _enter(
 
 
 def _position(transaction: Transaction, *, lock: bool = False) -> LogPosition:
-    query = select(revocation_log.c.epoch, revocation_log.c.version, revocation_log.c.digest)
-    row = transaction.connection.execute(query.with_for_update() if lock else query).first()
+    query = select(*_POSITION)
+    return _position_in(transaction.connection.execute(query.with_for_update() if lock else query).first())
+
+
+def _position_in(row: Row[*tuple[Any, ...]] | None) -> LogPosition:
     if row is None:
         raise StoreUnavailableError(UNAVAILABLE) from nonsense("no position in the log of revocations, which")
-    return LogPosition(epoch=row.epoch, version=row.version, digest=bytes(row.digest))
+    return LogPosition(epoch=row.log_epoch, version=row.log_version, digest=bytes(row.log_digest))
 
 
-def _entries(transaction: Transaction, after: int = 0) -> list[Revocation]:
-    return _entries_of(
-        transaction, select(*_ENTRY).where(revocations.c.version > after).order_by(revocations.c.version)
-    )
+def _entries(transaction: Transaction) -> list[Revocation]:
+    return _parsed(transaction.connection.execute(select(*_ENTRY).order_by(revocations.c.version)))
 
 
-def _entries_of(transaction: Transaction, query: Select[*tuple[Any, ...]]) -> list[Revocation]:
+def _parsed(rows: Iterable[Row[*tuple[Any, ...]]]) -> list[Revocation]:
     try:
-        return [_entry(row) for row in transaction.connection.execute(query)]
+        return [_entry(row) for row in rows]
     except (ValueError, TypeError, OverflowError, InvalidRevocationError):
         # A revocation that is not understood must not be left out: the reader keeps what it has, and says so.
         raise StoreUnavailableError(UNAVAILABLE) from nonsense("a revocation")
