@@ -165,7 +165,7 @@ class RunningBroker:
         """Return all audit records, of all files."""
         return [
             json.loads(line)
-            for file in sorted(self.audit_directory.glob("*"))
+            for file in sorted(self.audit_directory.glob("*.jsonl"))
             for line in file.read_bytes().splitlines()
         ]
 

@@ -112,7 +112,7 @@ def test_what_was_heard_here_is_exact() -> None:
     clock = _Clock()
     known = Acknowledgements(clock)
     passed_on: list[object] = []
-    report = known.reporting(lambda change, _: passed_on.append(change))
+    report = known.reporting(lambda change, told=None, *, soon=True: passed_on.append(change))
     key = (session("a").spiffe_id, "a")
     report(Joined(session("a"), "stream"), None)
     clock.at += 1
