@@ -18,6 +18,7 @@ from carnet_broker.core.rollout import Permit
 from carnet_broker.edges.store import SharedStore
 from carnet_broker.edges.store.migrate import SCHEMA_VERSION
 from carnet_broker.ports import Acknowledged, LogPosition, SessionOutcome, WaitingFor
+from support.counts import count
 from support.store_places import (
     ALICE,
     FakePlace,
@@ -183,7 +184,7 @@ def test_eight_writers_leave_no_gap_and_a_reader_sees_each_entry_once_in_order(p
 
     A reader that follows by deltas all the while never sees one twice, none out of order, and its digest matches.
     """
-    each = 200
+    each = count("entries_of_each_writer")
     stores = [patient(place) for _ in range(9)]
     position = stores[8].revocations.read(None).position
     entries: list[Revocation] = []

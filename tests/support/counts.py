@@ -25,14 +25,15 @@ TABLE: Final[dict[str, tuple[int, int]]] = {
     "keys_revoked_through_vault": (1, 30),
     "simultaneous_rotations": (10, 50),
     "kills_during_rotations": (5, 50),
-    "keyring_machine": (150, 5_000),
-    "rotation_machine": (60, 3_000),
+    "keyring_machine": (80, 5_000),
+    "rotation_machine": (30, 3_000),
     # revocation
     "revocations_under_load": (20, 500),
     "revocations_without_notify": (3, 50),
     "watch_streams": (100, 1_000),
     "revocations_to_streams": (3, 50),
-    "trust_model": (40, 3_000),
+    "trust_model": (25, 3_000),
+    "entries_of_each_writer": (50, 200),
     "kills_while_revoking": (10, 100),
     "runs_of_kills_while_revoking": (1, 5),
     # the verifier
