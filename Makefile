@@ -17,11 +17,6 @@ GITHUB_FILES := docs/examples/rotate-keys.github.yml
 # make PYTHON=/path/to/python3.13 takes another interpreter.
 PYTHON ?=
 
-# Most of the tests' time is waiting, so that three workers are not too many for two cores.
-WORKERS ?= 3
-PYTEST := $(BIN)/python -m pytest
-RULES := tests/unit tests/property tests/vectors tests/contract
-
 .PHONY: help setup demo test pytest lint format bench proto prove interop clean
 
 help: ## Show this list
@@ -34,20 +29,8 @@ demo: $(VENV)/.installed ## Run the main job end to end on a real Vault, with a 
 
 test: lint pytest ## Run the linters and all tests; 100 % branch coverage for the core and the verifier
 
-# Processes of ours are started by the hundred: with their byte code kept they start in half the time.
-pytest: export PYTHONDONTWRITEBYTECODE =
 pytest: setup ## The tests of make test, without the linters
-	@$(BIN)/coverage erase
-	@echo "== tests of the rules and of the ports, by $(WORKERS) workers"
-	@COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(PYTEST) $(RULES) --numprocesses $(WORKERS) --dist worksteal
-	@echo "== branch coverage of the core and the verifier"
-	@$(BIN)/coverage combine --quiet
-	@$(BIN)/coverage report
-	@echo "== tests of the whole, by $(WORKERS) workers"
-	@$(PYTEST) -m "not alone" tests/integration tests/e2e --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
-	@echo "== tests that measure a time, alone on the machine"
-	@$(PYTEST) -m alone tests/integration tests/e2e
-	@echo "tests: all passed"
+	@tests/run.sh
 
 lint: $(VENV)/.installed ## Run ruff, mypy, import-linter, buf, hadolint and the schema checks
 	@echo "== ruff"

@@ -39,7 +39,7 @@ SETTINGS = {
     "store": {"poll_interval": "200ms"},
 }
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.measured
 
 
 @contextmanager

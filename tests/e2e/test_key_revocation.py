@@ -42,7 +42,7 @@ SETTINGS = {
     "vault": {"poll_interval": f"{VAULT_POLL.seconds}s"},
 }
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(120 + 15 * max(REVOCATIONS.values()))]
+pytestmark = [pytest.mark.measured, pytest.mark.timeout(120 + 15 * max(REVOCATIONS.values()))]
 
 
 @contextmanager

@@ -35,7 +35,6 @@ SETTINGS = {
     "store": {"poll_interval": "200ms"},
 }
 
-pytestmark = pytest.mark.alone
 
 
 @contextmanager

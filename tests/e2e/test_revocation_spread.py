@@ -34,7 +34,7 @@ BUDGET = timedelta(seconds=3)
 LIMITS = {"revocations_per_second": 100, "revocation_burst": 1000}
 QUIET = {"limits": LIMITS, "trust": {"heartbeat": "500ms"}}
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.measured, pytest.mark.timeout(1200)]
 
 
 @contextmanager

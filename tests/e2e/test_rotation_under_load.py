@@ -16,7 +16,7 @@ from support.running_broker import POLICY, QUICK, start_broker
 ROTATIONS = count("rotations_under_load")
 
 
-@pytest.mark.alone
+@pytest.mark.measured
 @pytest.mark.timeout(60 + 10 * ROTATIONS)
 def test_no_good_token_is_refused_through_rotations_under_load(vault_place, tmp_path):
     """100 issues and 200 verifications a second; each rotation by the CI role, through Vault, as CI does it."""

@@ -20,7 +20,7 @@ from support import storm_server
 from support.counts import count
 from support.measurements import record
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.measured
 
 _AT_ONCE = 100
 """Connections of strangers in one wave; a third of them begin a handshake, and none ends one."""

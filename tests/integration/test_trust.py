@@ -274,7 +274,7 @@ class Flood:
         assert p99 < 0.25
 
 
-@pytest.mark.alone
+@pytest.mark.measured
 def test_a_flood_of_unknown_keys_costs_one_fetch_per_cooldown_and_harms_no_good_token(scene: Scene):
     """K11: tokens with keys that do not exist, as fast as they go; the good ones beside them are verified as ever."""
     flood = Flood(scene)

@@ -29,6 +29,7 @@ import psutil  # type: ignore[import-untyped]
 from carnet import Identity
 from carnet.testing import CertificateAuthority
 from support.postgres import Postgres
+from support.prepared_store import prepared_database
 from support.running_broker import ORDERS, POLICY, RunningBroker, start_broker
 from support.tcp_proxy import TcpProxy, proxy_to
 from support.vault import VaultPlace
@@ -225,7 +226,7 @@ def start_fleet(
     directory.mkdir(parents=True, exist_ok=True)
     ca = CertificateAuthority.create()
     (directory / "ca.pem").write_bytes(ca.root_pem)
-    database = postgres.create_database()
+    database = prepared_database(postgres)
     with ExitStack() as stack:
         members = []
         for number in range(replicas):

@@ -29,6 +29,7 @@ from carnet import Identity
 from carnet.testing import CertificateAuthority
 from carnet.tls import secure_channel
 from carnet.v1 import token_pb2, token_pb2_grpc, trust_pb2, trust_pb2_grpc
+from support.prepared_store import put_prepared_file
 from support.vault import VaultPlace
 
 __all__ = [
@@ -238,6 +239,8 @@ def start_broker(
 ) -> Iterator[RunningBroker]:
     """Start a broker and wait until it serves; it ends with the block. `command` is what Python is told to run."""
     config, ca = write_broker_files(place, directory, ca=ca, policy=policy, settings=settings)
+    if "url" not in (settings or {}).get("store", {}):
+        put_prepared_file(directory.resolve() / "store.db")
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *command, "serve", "--config", str(config)],
