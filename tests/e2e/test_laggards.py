@@ -36,7 +36,6 @@ SETTINGS = {
 }
 
 
-
 @contextmanager
 def _place(openbao, directory):
     place = prepare(openbao, directory / "login")

@@ -46,7 +46,6 @@ BUDGET = timedelta(seconds=10)
 """Of verifiers. One that cannot say goodbye, as no broker is there to hear it, is waited for until this is over."""
 
 
-
 @contextmanager
 def _place(openbao, directory):
     place = prepare(openbao, directory / "login")
