@@ -40,9 +40,11 @@ class Poller(Verifier):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether its knowledge is as new as that of a poller has to be."""
+        """Whether its knowledge is as new as that of a poller has to be. One that began with nothing has to have heard
+        of revocations too: a broker that has just started without the store can tell it of keys alone.
+        """
         age = self.state.keys.staleness(self.moment())
-        return age is not None and age <= FRESH
+        return age is not None and age <= FRESH and self.state.position is not None
 
     def go_on(self, brokers: Sequence[Broker]) -> None:
         """Ask if that is due: one broker after the other, until one answers."""
