@@ -38,7 +38,7 @@ from carnet_broker.ports import (
 )
 from carnet_broker.revocation_view import RevocationHolder
 from carnet_broker.session_changes import Said, SessionChanges
-from carnet_broker.store_parts import Claim, StoreEvents, StorePorts, StoreTiming, Turns
+from carnet_broker.store_parts import Claim, StoreEvents, StorePorts, StoreTiming, Turns, answer
 
 __all__ = ["StoreEvents", "StoreLoop", "StorePorts", "StoreTiming"]
 
@@ -371,20 +371,21 @@ class StoreLoop:
 
     def _append(self, entries: Sequence[NewRevocation]) -> Appended:
         view = self._holder.view
-        appended = self._store.log.append(entries)
+        appended, too_early = self._store.log.append(entries), tuple[Revocation, ...]()
         given_after = replace(appended.position, version=appended.position.version - len(appended.entries))
         if view is not None and is_behind(given_after, view.position):
-            # The store was restored, and gave versions that tokens have in their `rv` already.
+            # The store was restored, and gave versions that the `rv` of tokens have already.
             self._events.store_restored(Claim(view.position, f"replica {self._replica_id}"), given_after)
             seen = replace(view.position, version=max(view.position.version, appended.position.version) + 1)
             own = self._holder.revocations.entries()
             self._store.log.begin_epoch(seen=seen, carry=own, now=self._clock.now())
-            appended = self._store.log.append(entries)
+            too_early, appended = appended.entries, self._store.log.append(entries)
         if self._holder.extend(appended):
             self._changed()
         else:
             self.wake()  # Others were first, and their entries are read before ours.
-        return appended
+        # What was entered before the epoch, and holds in it as it is, was entered here all the same.
+        return replace(appended, entries=(*filter(appended.standing.__contains__, too_early), *appended.entries))
 
     # -- the threads -----------------------------------------------------------------------------------------------
 
@@ -394,11 +395,11 @@ class StoreLoop:
                 asked, self._asked = self._asked, []
                 self._reading.due_at = self._clock.mono() + self._poll_interval
             self._attempt(self._reading, self._read_and_expire)
-            _answer(asked, well=not self._reading.failing)
+            answer(asked, well=not self._reading.failing)
             self._wait(self._reading)
         with self._due:
             asked, self._asked = self._asked, []
-        _answer(asked, well=False)
+        answer(asked, well=False)
 
     def _keep_writing(self) -> None:
         while not self._stopping:
@@ -442,9 +443,3 @@ class StoreLoop:
         while not self._stopping:
             if self._store.wakeups.wait(_LISTEN_FOR):
                 self.wake()
-
-
-def _answer(asked: Sequence[Future[bool]], *, well: bool) -> None:
-    for future in asked:
-        if future.set_running_or_notify_cancel():
-            future.set_result(well)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -16,7 +18,7 @@ from carnet_broker.ports import (
     Wakeups,
 )
 
-__all__ = ["Claim", "StoreEvents", "StorePorts", "StoreTiming", "Turns"]
+__all__ = ["Claim", "StoreEvents", "StorePorts", "StoreTiming", "Turns", "answer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +80,10 @@ class Turns:
 
     due_at: float = 0.0
     failing: bool = False
+
+
+def answer(asked: Sequence[Future[bool]], *, well: bool) -> None:
+    """Tell those who asked for a reading whether there was one."""
+    for future in asked:
+        if future.set_running_or_notify_cancel():
+            future.set_result(well)

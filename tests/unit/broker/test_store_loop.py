@@ -310,6 +310,21 @@ def test_who_revokes_in_a_restored_store_gets_a_version_above_all_that_were_give
     assert {token(1).value, token(2).value, ALICE} == {entry.value for entry in replica.holder.revocations.entries()}
 
 
+def test_what_is_revoked_in_a_restored_store_and_holds_in_the_new_epoch_is_told_as_entered(data, clock):
+    """By the version of before the epoch: its audit record is written, as of what is entered only after it."""
+    replica = Replica(data, clock)
+    replica.loop.round()
+    backup = data.copy()
+    replica.loop.append([token(1)]).result(5)
+    data.restore(backup)
+    appended = replica.loop.append([token(2)]).result(5)
+    assert 1 == len(replica.heard.restored)
+    assert [token(2).value] == [entry.value for entry in appended.entries]
+    assert appended.entries == appended.standing
+    replica.loop.round()
+    assert {token(1).value, token(2).value} == {entry.value for entry in replica.holder.revocations.entries()}
+
+
 def test_what_another_revoked_in_a_restored_store_is_raised_by_whoever_finds_out(data, clock):
     """The other one had seen less than the backup holds, so that its version looked new to it."""
     first, second = Replica(data, clock, "one"), Replica(data, clock, "two")
