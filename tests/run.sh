@@ -34,5 +34,5 @@ echo "== branch coverage of the core and the verifier"
 .venv/bin/coverage report
 
 echo "== tests of the whole"
-"$python" -m pytest "${whole[@]}" -m "not measured" --numprocesses "${WAITING_WORKERS:-5}" --dist loadfile --no-loadscope-reorder
+"$python" -m pytest "${whole[@]}" -m "not measured" --numprocesses "${WAITING_WORKERS:-3}" --dist loadfile --no-loadscope-reorder
 echo "tests: all passed"

@@ -64,6 +64,7 @@ def log_of(fleet):
     return *log, dict(rows)
 
 
+@pytest.mark.measured
 @pytest.mark.timeout(120 + 14 * KILLS)
 @pytest.mark.parametrize("run", range(RUNS))
 def test_no_acknowledged_revocation_is_lost_by_kill_9(run, vault_place, own_postgres, tmp_path):

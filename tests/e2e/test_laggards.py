@@ -35,6 +35,8 @@ SETTINGS = {
     "store": {"poll_interval": "200ms"},
 }
 
+pytestmark = pytest.mark.measured
+
 
 @contextmanager
 def _place(openbao, directory):

@@ -45,6 +45,8 @@ WITHIN = 20.0
 BUDGET = timedelta(seconds=10)
 """Of verifiers. One that cannot say goodbye, as no broker is there to hear it, is waited for until this is over."""
 
+pytestmark = pytest.mark.measured
+
 
 @contextmanager
 def _place(openbao, directory):

@@ -182,6 +182,7 @@ def _two_machines(tmp_path_factory) -> Iterator[tuple[ThreadPoolExecutor, list[F
         yield stack.enter_context(ThreadPoolExecutor(2)), machines
 
 
+@pytest.mark.measured
 @pytest.mark.timeout(60 + 10 * ROUNDS)
 def test_k01_two_jobs_at_the_same_moment_cause_one_rotation(scene, two_machines):
     """Each round: two `keys rotate --wait` at once, two brokers that both want to act; one rotation, and both are told
@@ -272,6 +273,7 @@ class Saboteur:
         send(answer)
 
 
+@pytest.mark.measured
 @pytest.mark.timeout(60 + 10 * KILLS)
 def test_k02_replicas_killed_at_random_moments_cost_no_caller_anything(scene):
     """One of two brokers is killed (kill -9) again and again while keys rotate, and a new one takes its place. Under
