@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -202,8 +203,14 @@ def test_only_what_lasts_as_long_and_reaches_as_far_stands_for_another(
     """A shorter one, one of fewer tokens, and one that says by its version what it means do not."""
     store = place.open()
     value = "A" * 22 if held[0] in {RevocationKind.TOKEN, RevocationKind.ROOT} else ALICE
-    store.revocations.append([revoked(place, value, held[0], lasts=held[1])])
-    appended = store.revocations.append([revoked(place, value, asked[0], lasts=asked[1])])
+    second = timedelta(seconds=1)
+    now = place.clock.now()
+    earlier, later = (
+        replace(one, expires_at=None if kind[1] is None else (now + kind[1] + second).replace(microsecond=0))
+        for kind, one in ((kind, revoked(place, value, kind[0], lasts=kind[1])) for kind in (held, asked))
+    )
+    store.revocations.append([earlier])
+    appended = store.revocations.append([later])
     assert is_written == bool(appended.entries)
     assert [2 if is_written else 1] == [entry.version for entry in appended.standing]
 
