@@ -14,6 +14,10 @@ whole=(tests/e2e tests/integration)
 unset PYTHONDONTWRITEBYTECODE
 
 .venv/bin/coverage erase
+loads=(tests/e2e/test_acknowledged_rotation.py tests/e2e/test_rotation_under_load.py)
+echo "== tests that put a load on, alone"
+"$python" -m pytest "${loads[@]}"
+
 log=$(mktemp)
 COVERAGE_PROCESS_START=$PWD/pyproject.toml nice -n 19 \
   "$python" -m pytest "${rules[@]}" --numprocesses "${WORKERS:-2}" --dist worksteal >"$log" 2>&1 &
@@ -21,7 +25,7 @@ beside=$!
 trap 'kill "$beside" 2>/dev/null || true; rm -f "$log"' EXIT
 
 echo "== tests that measure a time or a load"
-"$python" -m pytest "${whole[@]}" -m measured
+"$python" -m pytest "${whole[@]}" -m measured "${loads[@]/#/--ignore=}"
 
 echo "== tests of the rules and of the ports, which began with the first"
 code=0

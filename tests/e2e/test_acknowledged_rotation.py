@@ -15,7 +15,7 @@ import pytest
 
 from carnet_broker.core.requests import RequestKind, RequestStatus
 from carnet_broker.edges.vault import RotationClient
-from support.counts import count, floor
+from support.counts import count, form
 from support.fleet import start_fleet
 from support.fleet_load import FleetLoad, key_set_questions, published_in, stream_judges, timer_judges
 from support.measurements import record
@@ -113,7 +113,7 @@ def test_no_live_verifier_misses_a_key_through_acknowledged_rotations(fleet):
     assert 0 == asked
     assert ROTATIONS + 1 == len(load.by_key)
     # The load must have been one.
-    assert load.issued > floor(0.6) * ISSUES_PER_SECOND * elapsed
+    assert load.issued > 0.6 * ISSUES_PER_SECOND * elapsed
     assert load.verified["stream"] > VERIFIERS * load.issued
 
 
@@ -148,5 +148,5 @@ def test_a_verifier_with_a_timer_refuses_good_tokens_where_the_broker_does_not_w
     record("rotation_without_waiting", figures)
     assert {"UNKNOWN_KEY"} == set(load.refused["timer"])
     # How many is the figure of `make prove`: a busy machine judges so late that the timer has come in between.
-    assert load.refused["timer"].total() >= WITHOUT_WAITING
+    assert load.refused["timer"].total() >= {"quick": 1, "full": 10}[form()] * WITHOUT_WAITING
     assert load.refused["stream"].total() < load.refused["timer"].total() / 10

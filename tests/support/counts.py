@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-__all__ = ["ALL", "TABLE", "count", "floor", "form"]
+__all__ = ["ALL", "TABLE", "count", "form"]
 
 ALL: Final = -1
 """As many as there are."""
@@ -55,14 +55,6 @@ TABLE: Final[dict[str, tuple[int, int]]] = {
     "tokens_with_an_unknown_key": (20_000, 100_000),
     "grants_in_one_policy": (20_000, 100_000),
 }
-
-
-def floor(part: float) -> float:
-    """Return the part of its nominal rate that a load must have had: `part`, in `make test` two thirds of that.
-
-    There the rules are tested beside it (`tests/run.sh`); that a load was one is what counts, not how much it was.
-    """
-    return part if form() == "full" else part * 2 / 3
 
 
 def form() -> str:
